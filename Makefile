@@ -1,0 +1,34 @@
+# `make demo` and `make test` need Python 3.10 or newer, pip and make: they set up everything else.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test lint types check bench clean
+
+demo: $(READY)  ## find a steering vector on the bundled model and watch it work
+	$(BIN)/mlxsteer demo
+
+test: $(READY)  ## the tests, documentation blocks included
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY)
+	$(BIN)/mypy
+
+check: lint types test
+
+bench: $(READY)  ## cost of reading and steering, as ratios to bare mlx-lm
+	$(BIN)/python benchmarks/overhead.py
+
+$(READY): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $(READY)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,37 @@
+"""Contrast sets that come with the package, one JSONL file each."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from pathlib import Path
+
+from mlxsteer.pairs import ContrastPair
+
+_FOLDER = Path(__file__).parent
+
+
+def available() -> list[str]:
+    """The names of the contrast sets."""
+    return sorted(path.relative_to(_FOLDER).with_suffix("").as_posix() for path in _FOLDER.rglob("*.jsonl"))
+
+
+def load(name: str, split: str | None = None) -> list[ContrastPair]:
+    """A contrast set by name.
+
+    Args:
+        name: one of `available()`.
+        split: only the pairs of ``"train"``, ``"choose"`` or ``"report"``; None for all.
+
+    Raises:
+        ValueError: there is no set of that name, or no such split in it.
+    """
+    if name not in available():
+        near = difflib.get_close_matches(name, available(), n=3) or available()
+        raise ValueError(f"no contrast set called {name!r}. Nearest: {', '.join(near)}.")
+    rows = (_FOLDER / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    pairs = [ContrastPair(**json.loads(row)) for row in rows if row.strip()]
+    chosen = [pair for pair in pairs if split in (None, pair.split)]
+    if not chosen:
+        raise ValueError(f"{name} has no split {split!r}; it has {sorted({p.split or 'none' for p in pairs})}.")
+    return chosen

@@ -1,0 +1,146 @@
+"""From prompts to mean activations, and from contrast pairs to a steering vector: one forward per batch, all layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import mlx.core as mx
+
+from mlxsteer.model import InterpretableModel
+from mlxsteer.pairs import ContrastPair, in_split
+from mlxsteer.positions import At, Position
+from mlxsteer.sites import Site
+from mlxsteer.vectors import SteeringVector
+
+
+def _batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
+    """Indices of rows of similar length, so that each padded batch holds at most `budget` tokens."""
+    batch: list[int] = []
+    for index in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if batch and (len(batch) + 1) * lengths[index] > budget:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+def mean_activations(
+    model: InterpretableModel,
+    prompts: Sequence[Any],
+    keys: str | Sequence[str],
+    *,
+    at: At = "all",
+    skip_bos: bool = True,
+    batch_tokens: int = 4096,
+) -> dict[str, mx.array]:
+    """The mean activation over the tokens of many prompts: what `interventions.mean_replace` puts in place.
+
+    Args:
+        model: the model.
+        prompts: texts, lists of token ids, or chats.
+        keys: keys, globs or ranges.
+        at: which tokens of each prompt count; padding never does.
+        skip_bos: leave the beginning-of-sequence token out, whose activation is unlike all others.
+        batch_tokens: the most tokens in one batch, padding included.
+
+    Returns:
+        key → mean, (D,) float32; a glob or range gives one for each place, under its canonical key.
+
+    Raises:
+        UnknownKey: a key names no place.
+        ValueError: there is no prompt, or no token to average.
+    """
+    wanted = {
+        (key if len(found) == 1 and "*" not in key else site.key): site
+        for key in ([keys] if isinstance(keys, str) else keys)
+        for found in [model._sites.expand(key)]
+        for site in found
+    }
+    sites = list(dict.fromkeys(wanted.values()))
+    tokens, _ = model._encode_many(list(prompts))
+    position = Position.of(at)
+    sums: dict[Site, mx.array] = {site: mx.array(0.0) for site in sites}
+    count = 0
+    bos = getattr(model.tokenizer, "bos_token_id", None) if model.tokenizer is not None else None
+    for batch in _batches([len(t) for t in tokens], batch_tokens):
+        rows = [tokens[i] for i in batch]
+        with model.trace(rows) as trace:
+            marks = [trace.marks(row, position) for row in range(len(rows))]
+            for row, mark in zip(rows, marks, strict=True):
+                mark[0] &= not (skip_bos and row[0] == bos)
+            weight = mx.array([mark.tolist() for mark in marks]).astype(mx.float32)
+            count += int(sum(mark.sum() for mark in marks))
+            for site in sites:
+                value = trace.read(site).save().astype(mx.float32)
+                sums[site] = sums[site] + mx.tensordot(weight, value, axes=[[0, 1], [0, 1]])
+        mx.eval(list(sums.values()))
+    if not count:
+        raise ValueError(f"at={at!r} chooses no token of these prompts: there is nothing to average.")
+    return {key: sums[site] / count for key, site in wanted.items()}
+
+
+def extract(
+    model: InterpretableModel,
+    pairs: Iterable[ContrastPair],
+    *,
+    batch_tokens: int = 4096,
+    progress: Callable[[int, int], None] | None = None,
+) -> SteeringVector:
+    """Compute a steering vector: the mean difference of the two sides' activations at their last tokens.
+
+    ``v_l = mean_i [h_l(p_i, positive_i) − h_l(p_i, negative_i)]``, the residual stream after every block l, in one
+    forward per batch; the head never runs. Contrastive activation addition, Rimsky et al. 2024, arXiv 2312.06681.
+
+    Args:
+        model: the model.
+        pairs: contrast pairs; where they have splits, the ``"train"`` ones are used.
+        batch_tokens: the most tokens in one batch, padding included.
+        progress: called with the number of texts done and the number of texts.
+
+    Returns:
+        A `SteeringVector` with one direction per layer.
+
+    Raises:
+        ValueError: there is no pair.
+    """
+    chosen = list(pairs)
+    if not chosen:
+        raise ValueError("there are no contrast pairs to compute a vector from.")
+    chosen = in_split(chosen, "train")
+    texts = [
+        (pair.prompt + side, sign) for pair in chosen for side, sign in ((pair.positive, 1.0), (pair.negative, -1.0))
+    ]
+    tokens = [model.encode(text) for text, _ in texts]
+    layers = range(len(model.layers))
+    total: mx.array | None = None
+    norms: list[mx.array] = []
+    done = 0
+    for batch in _batches([len(t) for t in tokens], batch_tokens):
+        with model.trace([tokens[i] for i in batch]) as trace:
+            last = mx.stack([trace.last(f"layers.{layer}").astype(mx.float32) for layer in layers])  # (L, rows, D)
+        signs = mx.array([texts[i][1] for i in batch])[None, :, None]
+        part = mx.sum(signs * last, axis=1)
+        total = part if total is None else total + part
+        norms.append(mx.linalg.norm(last, axis=-1))
+        mx.eval(total, norms)
+        done += len(batch)
+        if progress is not None:
+            progress(done, len(texts))
+    assert total is not None
+    median: Any = mx.median(mx.concatenate(norms, axis=1), axis=1).tolist()
+    directions = total / len(chosen)
+    return SteeringVector(
+        {layer: directions[layer] for layer in layers},
+        residual_norms={layer: float(median[layer]) for layer in layers},
+        info={
+            "model": model.name,
+            "architecture": getattr(model.model, "model_type", None),
+            "hidden_size": int(directions.shape[-1]),
+            "layers": len(layers),
+            "method": "mean_difference",
+            "read": "last",
+            "pairs": len(chosen),
+        },
+    )

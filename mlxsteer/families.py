@@ -1,0 +1,79 @@
+"""Facts about model families, as data: what places are called, and what a family's file does differently.
+
+Names are tried in the order given. Nothing here runs a model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+ATTENTION = ("self_attn", "attn", "attention", "linear_attn", "mixer", "mamba", "temporal_block", "conv")
+"""Names of the token mixer inside a block: attention, or what stands in its place."""
+
+FEED_FORWARD = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "moe", "mlp_block", "shared_mlp")
+"""Names of the feed-forward part (dense or experts) inside a block."""
+
+OUTPUT_PROJECTION = ("o_proj", "out_proj", "c_proj", "dense", "wo", "attn_out")
+"""Names of the projection that an attention module ends with; its input is the concatenation of the heads."""
+
+HEAD_COUNT = ("n_heads", "num_heads", "num_attention_heads", "n_head", "num_q_heads")
+"""Attributes that hold an attention module's number of query heads."""
+
+SOFTMAX_ATTENTION = ("self_attn", "attn", "attention", "mixer")
+"""Token mixers that may have heads at the input of their output projection."""
+
+EMBEDDING = (
+    "embed_tokens",
+    "wte",
+    "embed_in",
+    "embeddings",
+    "embedding",
+    "embed",
+    "word_embeddings",
+    "tok_embeddings",
+    "token_embeddings",
+)
+"""Names of the token embedding, beside the blocks."""
+
+FINAL_NORM = ("norm", "ln_f", "final_layernorm", "final_layer_norm", "norm_f", "final_norm", "embedding_norm", "ln_out")
+"""Names of the norm after the last block, beside the blocks."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """What a model type does differently from a llama.
+
+    Attributes:
+        stream: position, among a block's arguments, of the residual stream that enters it.
+        replay: whether a block's output may be put in its place without running the block. Not where a block
+            leaves something behind for a later one (a cache that another layer reads, a shared object).
+        batch: whether rows of a batch decode as they would alone; where not, they are run one at a time.
+        refusal: why this family can't be hooked at all, as a sentence; empty where it can.
+    """
+
+    stream: int = 0
+    replay: bool = True
+    batch: bool = True
+    refusal: str = ""
+
+
+DEFAULT = Family()
+
+FAMILIES: dict[str, Family] = {
+    "afm7": Family(replay=False, batch=False),
+    "bailing_moe_linear": Family(batch=False),
+    "gemma2": Family(batch=False),
+    "jamba": Family(batch=False),
+    "deepseek_v41": Family(replay=False),
+    "kimi_k3": Family(replay=False),
+    "talkie": Family(stream=1),
+    "iquestloopcoder": Family(refusal="its model never calls its blocks, it inlines them"),
+    "muse_spark": Family(refusal="its blocks hand on two streams (h and its norm), and a change to one alone is lost"),
+    "gemma3n": Family(refusal="its residual stream is four streams side by side, (4, batch, tokens, hidden)"),
+}
+"""Model types (the `model_type` of a config) that differ; every other one is `DEFAULT`."""
+
+
+def family(model_type: str | None) -> Family:
+    """The facts about a model type."""
+    return FAMILIES.get(model_type or "", DEFAULT)

@@ -1,0 +1,486 @@
+"""The one way into a model: class swap, and plans of what a forward captures, edits and replays.
+
+Python looks ``__call__`` up on the type, so a module is hooked by giving that one instance a generated subclass of its
+class, and unhooked by giving the class back. The module tree, parameters and attributes stay as they are. What the
+hooks do is said by plans on a stack that belongs to the context (thread or task): a call from anywhere else is plain.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import itertools
+import threading
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlxsteer.interventions.base import Intervention, Where
+from mlxsteer.positions import Prompt, Tokens
+from mlxsteer.sites import Site, SiteMap
+from mlxsteer.steering import Row, SteeredCacheError, Steering, SteeringState, carrier, fresh_rows, opened, ride
+
+
+class NeverFired(RuntimeError):
+    """A planned place whose module never ran: what was asked for was not done."""
+
+
+_MISSING = object()
+
+
+@dataclass(eq=False)
+class _Hook:
+    """What one plan does at one module."""
+
+    sites: list[Site] = field(default_factory=list)
+    edits: list[tuple[Site, Intervention, Steering | None]] = field(default_factory=list)
+    captures: list[Site] = field(default_factory=list)
+    replay: Any = _MISSING
+
+
+@dataclass(eq=False)
+class Plan:
+    """What forwards of one model do while this plan is active.
+
+    Args:
+        sites: the model's names.
+        capture: places to keep the value of.
+        edits: (site, intervention) to do, in order.
+        replay: site → the module's whole output, to be returned in place of running it.
+        tokens: the tokens of the forward, where the caller knows them; else they are told by the cache.
+        steerings: what rows may carry while this plan is active.
+        adopt: rows that carry nothing yet are given `steerings`.
+        prompts: makes what is known of the prompt of a row that adopts them, from the tokens seen before it.
+        keep: called after each forward with its captures, in place of leaving them in `captured`.
+    """
+
+    sites: SiteMap
+    capture: Sequence[Site] = ()
+    edits: Sequence[tuple[Site, Intervention]] = ()
+    replay: Mapping[Site, Any] = field(default_factory=dict)
+    tokens: Tokens | None = None
+    steerings: Sequence[Steering] = ()
+    adopt: bool = False
+    prompts: Callable[[int], Prompt] | None = None
+    keep: Callable[[dict[Site, Any]], None] | None = None
+
+    captured: dict[Site, Any] = field(default_factory=dict, init=False)
+    """Site → value (a module's whole output, or an input) of the last forward, in firing order."""
+    fired: Counter[Site] = field(default_factory=Counter, init=False)
+    forwards: int = field(default=0, init=False)
+    calls: Counter[int] = field(default_factory=Counter, init=False)
+    """id(module) → how often it ran in the last forward."""
+    hooks: dict[int, _Hook] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        for site, value in self.replay.items():
+            self._hook(site).replay = value
+        for site in self.capture:
+            self._hook(site).captures.append(site)
+        for site, intervention in self.edits:
+            self._hook(site).edits.append((site, intervention, None))
+        for steering in self.steerings:
+            for site, intervention in steering.edits:
+                self._hook(site).edits.append((site, intervention, steering))
+
+    def _hook(self, site: Site) -> _Hook:
+        hook = self.hooks.setdefault(id(site.module), _Hook())
+        hook.sites.append(site)
+        return hook
+
+    @functools.cached_property
+    def modules(self) -> list[nn.Module]:
+        """Every module that the plan hooks, the root among them."""
+        found = {id(site.module): site.module for hook in self.hooks.values() for site in hook.sites}
+        return [self.sites.model, *(m for m in found.values() if m is not self.sites.model)]
+
+    def check_fired(self) -> None:
+        """Refuse to have done nothing in silence.
+
+        Raises:
+            NeverFired: a planned place's module never ran in any forward.
+        """
+        planned = dict.fromkeys(site for hook in self.hooks.values() for site in hook.sites)
+        silent = [site for site in planned if not self.fired[site]]
+        if not silent:
+            return
+        if not self.forwards:
+            raise NeverFired(
+                f"nothing happened at {silent[0].key}: no forward of this model ran here. A function that was "
+                "compiled with mx.compile before runs the model as it was then; compile it inside, or not at all."
+            )
+        raise NeverFired(
+            f"nothing happened at {silent[0].key}: its module never ran in {self.forwards} "
+            f"forward{'s' * (self.forwards > 1)} of this model."
+            + (" It ran fewer times than its '#' says." if silent[0].call else "")
+        )
+
+
+# -- which plans are active ----------------------------------------------------------------------------------------
+
+_stack: ContextVar[tuple[Plan, ...]] = ContextVar("mlxsteer_plans", default=())
+_forward: ContextVar[Forward | None] = ContextVar("mlxsteer_forward", default=None)
+_RESIDENT = "_mlxsteer_resident"  # attribute of an edited model's root: its plans, seen by every thread
+
+
+class _Enabled(threading.local):
+    """Plans enabled without a block: a notebook's cells each run in a context of their own, but in one thread."""
+
+    def __init__(self) -> None:
+        self.plans: tuple[Plan, ...] = ()
+
+
+_enabled = _Enabled()
+
+
+def active(model: nn.Module) -> list[Plan]:
+    """The plans that a call of `model` from here would follow, outermost first."""
+    plans = (*model.__dict__.get(_RESIDENT, ()), *_enabled.plans, *_stack.get())
+    return [plan for plan in plans if plan.sites.model is model]
+
+
+def surrounding(model: nn.Module) -> list[Plan]:
+    """The plans active for `model` here, without those that are part of the model itself."""
+    resident = model.__dict__.get(_RESIDENT, ())
+    return [plan for plan in active(model) if all(plan is not own for own in resident)]
+
+
+# -- class swap ----------------------------------------------------------------------------------------------------
+
+_lock = threading.RLock()
+_owners: dict[int, set[int]] = {}
+_numbers = itertools.count()
+
+
+def _swap(modules: Iterable[nn.Module], owner: int) -> None:
+    with _lock:
+        for module in modules:
+            _owners.setdefault(id(module), set()).add(owner)
+            cls: Any = type(module)
+            if not hasattr(cls, "_hooked"):
+                object.__setattr__(module, "__class__", _hooked_class(cls))
+
+
+def _give_back(modules: Iterable[nn.Module], owner: int) -> None:
+    """Give modules their class back where nobody else holds them; doing it twice does no harm."""
+    with _lock:
+        for module in modules:
+            owners = _owners.get(id(module))
+            if owners is None:
+                continue
+            owners.discard(owner)
+            if not owners:
+                if original := getattr(type(module), "_hooked", None):
+                    object.__setattr__(module, "__class__", original)
+                _owners.pop(id(module), None)
+
+
+@contextmanager
+def attached(*plans: Plan) -> Iterator[None]:
+    """Make plans active, after those active here already, for the time of a block.
+
+    Whatever ends the block, Ctrl-C included, the modules get their classes back.
+    """
+    owner = next(_numbers)
+    modules = [module for plan in plans for module in plan.modules]
+    try:
+        _swap(modules, owner)
+        _stack.set((*_stack.get(), *plans))
+        yield
+    finally:
+        try:
+            _stack.set(tuple(p for p in _stack.get() if all(p is not own for own in plans)))
+            _give_back(modules, owner)
+        except KeyboardInterrupt:  # a second Ctrl-C while cleaning up: finish, then obey
+            _stack.set(tuple(p for p in _stack.get() if all(p is not own for own in plans)))
+            _give_back(modules, owner)
+            raise
+
+
+@contextmanager
+def detached() -> Iterator[None]:
+    """Forget the plans active here, for the time of a block."""
+    enabled, stack = _enabled.plans, _stack.get()
+    _enabled.plans = ()
+    _stack.set(())
+    try:
+        yield
+    finally:
+        _enabled.plans = enabled
+        _stack.set(stack)
+
+
+def enable(plan: Plan) -> int:
+    """Make a plan active in this thread until `disable` is called with the number returned."""
+    owner = next(_numbers)
+    _swap(plan.modules, owner)
+    _enabled.plans = (*_enabled.plans, plan)
+    return owner
+
+
+def disable(plan: Plan, owner: int) -> None:
+    """Undo `enable`."""
+    _enabled.plans = tuple(p for p in _enabled.plans if p is not plan)
+    _give_back(plan.modules, owner)
+
+
+def settle(plan: Plan) -> None:
+    """Make a plan part of its model, in every thread, for as long as the model lives."""
+    root = plan.sites.model
+    _swap(plan.modules, next(_numbers))
+    # past nn.Module's own __setattr__, which would enter a list among the parameters
+    object.__setattr__(root, _RESIDENT, (*root.__dict__.get(_RESIDENT, ()), plan))
+    weakref.finalize(root, _forget, [id(module) for module in plan.modules])
+
+
+def _forget(ids: list[int]) -> None:
+    with _lock:
+        for number in ids:
+            _owners.pop(number, None)
+
+
+@functools.cache
+def _hooked_class(base: type[nn.Module]) -> type[nn.Module]:
+    """The generated subclass: it asks the forward in progress, and is its base class to everybody else."""
+
+    def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        forward = _forward.get()
+        if forward is not None and self is not forward.root:
+            if id(self) in forward.ids:
+                return forward.call(self, base, args, kwargs)
+        elif plans := active(self):
+            return Forward(self, plans).run(base, args, kwargs)
+        return base.__call__(self, *args, **kwargs)
+
+    def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:
+        made = list(super(hooked, self).__reduce_ex__(protocol))  # a copy or pickle is of the model's own class
+        made[1] = tuple(base if argument is hooked else argument for argument in made[1])
+        if isinstance(made[2], dict):
+            made[2] = {name: value for name, value in made[2].items() if name != _RESIDENT}
+        return tuple(made)
+
+    members = {
+        "__call__": functools.wraps(base.__call__)(__call__),
+        "__reduce_ex__": __reduce_ex__,
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        "_hooked": base,
+    }
+    hooked: Any = type(base.__name__, (base,), members)
+    return hooked
+
+
+@functools.cache
+def _parameters(base: type) -> list[str]:
+    return list(inspect.signature(base.__call__).parameters)[1:]
+
+
+def _argument(base: type, args: tuple[Any, ...], kwargs: dict[str, Any], index: int, name: str = "") -> Any:
+    """An argument of a module's call, given by position or by keyword; None where it wasn't given."""
+    names = _parameters(base)
+    if name:
+        if name in kwargs:
+            return kwargs[name]
+        index = names.index(name) if name in names else len(args)
+    if index < len(args):
+        return args[index]
+    return kwargs.get(names[index]) if index < len(names) else None
+
+
+# -- activations in what modules take and give -----------------------------------------------------------------------
+
+
+def alias(x: Any) -> Any:
+    """The same value as an object of its own: no copy, gradients flow, and a write in place to one spares the other."""
+    if isinstance(x, mx.array):
+        return x.reshape(x.shape)
+    if isinstance(x, (tuple, list)):
+        return type(x)(*map(alias, x)) if hasattr(x, "_fields") else type(x)(map(alias, x))
+    return x
+
+
+def activation(output: Any, site: Site) -> mx.array:
+    """The activation in what a module gave: the output itself, or the first of several."""
+    x = output[0] if isinstance(output, (tuple, list)) and output else output
+    if not isinstance(x, mx.array):
+        raise TypeError(f"{site.key} is no activation: its module gives {type(output).__name__}.")
+    if site.heads:
+        return x.reshape(*x.shape[:-1], site.heads, -1)
+    return x
+
+
+def with_activation(output: Any, x: mx.array) -> Any:
+    """What a module gave, with another activation in it (a view as heads is undone)."""
+    first = output[0] if isinstance(output, (tuple, list)) and output else output
+    x = x if x.shape == first.shape else x.reshape(first.shape)
+    if isinstance(output, (tuple, list)):
+        return type(output)(x, *output[1:]) if hasattr(output, "_fields") else type(output)((x, *output[1:]))
+    return x
+
+
+# -- one forward ---------------------------------------------------------------------------------------------------
+
+
+class Forward:
+    """One call of a hooked model: which tokens it sees, and what its modules do under the active plans."""
+
+    def __init__(self, root: nn.Module, plans: Sequence[Plan]) -> None:
+        self.root = root
+        self.plans = plans
+        self.ids = frozenset(itertools.chain.from_iterable(plan.hooks for plan in plans))
+        self.calls: Counter[int] = Counter()
+        self.tokens: Tokens | None = None
+        self.rows: list[Row] | None = None
+        self._carrying: dict[int, tuple[bool, ...] | None] = {}
+
+    def run(self, base: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        inputs = _argument(base, args, kwargs, 0)
+        if inputs is None:
+            inputs = _argument(base, args, kwargs, 0, "input_embeddings")
+        cache = _argument(base, args, kwargs, 0, "cache")
+        count, width = inputs.shape[:2]
+        for plan in self.plans:
+            plan.captured.clear()
+        with ExitStack() as stack:
+            state = self._locate(inputs, cache, count, width)
+            stack.enter_context(opened(carrier(cache)) if state is not None else nullcontext())
+            token = _forward.set(self)
+            stack.callback(_forward.reset, token)
+            output = self.call(self.root, base, args, kwargs)
+        if state is not None:
+            state.end(width)
+        for plan in self.plans:
+            plan.forwards += 1
+            plan.calls = self.calls
+            if plan.keep is not None:
+                plan.keep(dict(plan.captured))
+        return output
+
+    def _locate(self, inputs: mx.array, cache: Any, count: int, width: int) -> SteeringState | None:
+        """Find out which tokens these are, and what steers their rows."""
+        told = next((plan.tokens for plan in self.plans if plan.tokens is not None), None)
+        steered = any(plan.steerings for plan in self.plans)
+        if told is not None:
+            self.tokens = told
+            return None
+        first = carrier(cache)
+        state: SteeringState | None = getattr(first, "steering_state", None)
+        if first is None or (state is None and not steered):
+            prompts = [
+                Prompt(width, source=functools.partial(_row_of, inputs, row), whole=True) for row in range(count)
+            ]
+            self.tokens = Tokens([0] * count, [width] * count, width, prompts)
+            return None
+        if state is None:
+            state = SteeringState(fresh_rows(cache, count))
+            ride(first, state)
+        self._adopt(state)
+        self.tokens, self.rows = state.begin(width), state.rows
+        return state
+
+    def _adopt(self, state: SteeringState) -> None:
+        """Give rows that carry nothing the context's steering; refuse rows that are steered in another way."""
+        allowed = {id(s) for plan in self.plans for s in plan.steerings}
+        default = tuple(s for plan in self.plans if plan.adopt for s in plan.steerings)
+        for row in state.rows:
+            if row.steerings is None:
+                row.steerings = default
+                told = next((plan.prompts for plan in self.plans if plan.adopt and plan.prompts is not None), None)
+                if told is not None:
+                    row.prompt, row.told = told(row.seen), True
+            elif not all(id(s) in allowed for s in row.steerings):
+                if [s.fingerprint for s in row.steerings] != [s.fingerprint for s in default]:
+                    raise SteeredCacheError(
+                        "this prompt cache was filled under another steering: use it with the same interventions, or "
+                        "start a new cache."
+                    )
+                row.steerings = default
+
+    def _rows(self, steering: Steering) -> tuple[bool, ...] | None:
+        """Which rows carry a steering; None for all of them."""
+        if self.rows is None:
+            return None
+        key = id(steering)
+        if key not in self._carrying:
+            carried = tuple(any(s is steering for s in row.steerings or ()) for row in self.rows)
+            self._carrying[key] = None if all(carried) else carried
+        return self._carrying[key]
+
+    def call(self, module: nn.Module, base: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A hooked module's call."""
+        number = self.calls[id(module)]
+        self.calls[id(module)] += 1
+        hooks = [(plan, hook) for plan in self.plans if (hook := plan.hooks.get(id(module))) is not None]
+        for plan, hook in hooks:
+            for site in hook.sites:
+                if site.call is None and number:
+                    raise NeverFired(
+                        f"{site.key} runs more than once in a forward: say which call, {site.key}#0 or {site.key}#1."
+                    )
+                plan.fired[site] += site.call in (None, number)
+        replayed = next((h.replay for _, h in reversed(hooks) if h.replay is not _MISSING), _MISSING)
+        if replayed is not _MISSING:
+            output = alias(replayed)
+        else:
+            args, kwargs = self._input(hooks, number, base, args, kwargs)
+            output = base.__call__(module, *args, **kwargs)
+            for _, hook in hooks:
+                for site, intervention, steering in hook.edits:
+                    if site.port == "output" and site.call in (None, number):
+                        x = self._edit(activation(output, site), site, intervention, steering)
+                        output = with_activation(output, x)
+        for plan, hook in hooks:
+            for site in hook.captures:
+                if site.port == "output" and site.call in (None, number):
+                    plan.captured[site] = alias(output)
+        return output
+
+    def _input(
+        self,
+        hooks: Sequence[tuple[Plan, _Hook]],
+        number: int,
+        base: type,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Edit and capture what enters a module."""
+        sites = [s for _, h in hooks for s in h.sites if s.port == "input" and s.call in (None, number)]
+        if not sites:
+            return args, kwargs
+        stream = sites[0].stream
+        x = _argument(base, args, kwargs, stream)
+        if not isinstance(x, mx.array):
+            raise TypeError(f"{sites[0].key} is no activation: its module takes {type(x).__name__}.")
+        for _, hook in hooks:
+            for site, intervention, steering in hook.edits:
+                if site.port == "input" and site.call in (None, number):
+                    x = with_activation(x, self._edit(activation(x, site), site, intervention, steering))
+        for plan, hook in hooks:
+            for site in hook.captures:
+                if site.port == "input" and site.call in (None, number):
+                    plan.captured[site] = alias(x)
+        if stream < len(args):
+            return (*args[:stream], x, *args[stream + 1 :]), kwargs
+        return args, {**kwargs, _parameters(base)[stream]: x}
+
+    def _edit(self, x: mx.array, site: Site, intervention: Intervention, steering: Steering | None) -> mx.array:
+        assert self.tokens is not None
+        if steering is None:
+            return intervention(x, Where(self.tokens, site.key, site.layer))
+        rows = self._rows(steering)
+        if rows is not None and not any(rows):
+            return x
+        return intervention(x, Where(self.tokens, site.key, site.layer, steering.strength, rows))
+
+
+def _row_of(inputs: mx.array, row: int) -> list[int]:
+    ids: Any = inputs[row].tolist()
+    return [int(i) for i in ids]

@@ -1,0 +1,66 @@
+"""Interventions: what is done to an activation, as small immutable objects, and the registry that knows them by name.
+
+Every intervention is one pure call ``(x, where) -> x'`` with the shape and dtype of ``x``. Strength 0 is the
+identity, bit for bit; strength 1 is the textbook form. ``a | b`` does a, then b.
+"""
+
+from mlxsteer.interventions.base import (
+    Compose,
+    Function,
+    Intervention,
+    available,
+    compose,
+    create,
+    describe,
+    register,
+)
+from mlxsteer.interventions.files import load, save
+from mlxsteer.interventions.operators import (
+    Ablate,
+    AddVector,
+    Clamp,
+    MeanReplace,
+    Noise,
+    ReplaceWith,
+    Scale,
+    ZeroOut,
+    ablate,
+    add_vector,
+    clamp,
+    mean_replace,
+    noise,
+    replace_with,
+    scale,
+    zero_out,
+)
+from mlxsteer.positions import after
+
+__all__ = [
+    "Ablate",
+    "AddVector",
+    "Clamp",
+    "Compose",
+    "Function",
+    "Intervention",
+    "MeanReplace",
+    "Noise",
+    "ReplaceWith",
+    "Scale",
+    "ZeroOut",
+    "ablate",
+    "add_vector",
+    "after",
+    "available",
+    "clamp",
+    "compose",
+    "create",
+    "describe",
+    "load",
+    "mean_replace",
+    "noise",
+    "register",
+    "replace_with",
+    "save",
+    "scale",
+    "zero_out",
+]

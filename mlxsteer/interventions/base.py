@@ -1,0 +1,490 @@
+"""What an intervention is, how it composes, and the registry."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import inspect
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from importlib.metadata import entry_points
+from typing import Any, ClassVar, TypeAlias, TypeVar
+
+import mlx.core as mx
+import numpy as np
+
+from mlxsteer.positions import Position, Tokens, after
+
+Strength: TypeAlias = "float | Sequence[float] | mx.array"
+"""A number, or one per row of a batch."""
+
+ENTRY_POINTS = "mlxsteer.interventions"
+"""Entry-point group through which other packages add interventions of their own."""
+
+
+@dataclass(frozen=True, eq=False)
+class Where:
+    """Where an intervention finds itself: which tokens, which place, how strongly.
+
+    Attributes:
+        tokens: the tokens of this forward.
+        key: the site's key, for messages.
+        layer: the block it lies in, None outside the blocks.
+        strength: a multiplier on the intervention's own strength (a named steering's).
+        rows: which rows of the batch it acts on; None for all.
+    """
+
+    tokens: Tokens
+    key: str = ""
+    layer: int | None = None
+    strength: float = 1.0
+    rows: tuple[bool, ...] | None = None
+
+
+def settled(x: mx.array) -> bool:
+    """Evaluate a constant, so that any thread may use it; False where `x` is a placeholder of a transformation."""
+    try:
+        mx.eval(x)
+    except (ValueError, RuntimeError):  # inside mx.compile or mx.vmap nothing can be evaluated
+        return False
+    return True
+
+
+def tensor(value: Any, what: str) -> mx.array:
+    """A constant of an intervention: float32, finite, evaluated.
+
+    Raises:
+        ValueError: it is empty, or holds a NaN or an infinity.
+    """
+    x = mx.array(value).astype(mx.float32)
+    if x.ndim == 0 or x.size == 0:
+        raise ValueError(f"{what} is a tensor of one or more dimensions, not of shape {x.shape}.")
+    bad: Any = (~mx.isfinite(x)).sum().item() if settled(x) else 0
+    if bad:
+        raise ValueError(f"{what} holds {bad} NaN or infinite value{'s' * (bad > 1)} of {x.size}.")
+    return x
+
+
+def _strength(value: Any, what: str) -> float | tuple[float, ...] | mx.array:
+    if isinstance(value, mx.array):
+        if value.ndim > 1:
+            raise ValueError(f"{what}: a strength is a number or one per row, not an array of shape {value.shape}.")
+        return value
+    if isinstance(value, (list, tuple, np.ndarray)) and np.ndim(value) == 1:
+        numbers = tuple(float(v) for v in value)
+    elif isinstance(value, (int, float, np.number)):
+        numbers = (float(value),)
+    else:
+        raise TypeError(f"{what}: a strength is a number or one per row of the batch, not {value!r}.")
+    if not np.isfinite(numbers).all() or not numbers:
+        raise ValueError(f"{what}: a strength is a finite number, not {value!r}.")
+    return numbers if np.ndim(value) == 1 else numbers[0]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Intervention:
+    """An edit of one activation.
+
+    Subclasses are frozen dataclasses with a `formula`; everything common (positions, strengths, padding, dtype) is
+    done here, once.
+
+    Attributes:
+        strength: 0 is the identity (bit for bit, by not doing it), 1 the textbook form; one number, or one per row.
+        at: which tokens; see `mlxsteer.positions`.
+    """
+
+    at: Any = field(default="all", kw_only=True)
+    _cache: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
+
+    name: ClassVar[str] = ""
+    saveable: ClassVar[bool] = True
+    strength = 1.0  # a field of every subclass, last of the positional ones, which a field here would come before
+
+    def __post_init__(self) -> None:
+        self._set(strength=_strength(self.strength, self.name), at=Position.of(self.at))
+
+    def _set(self, **values: Any) -> None:
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    def __repr__(self) -> str:
+        def short(value: Any) -> str:
+            if isinstance(value, mx.array):
+                return f"<{'×'.join(map(str, value.shape))}>" if value.ndim else f"{value.item():g}"
+            return repr(value.written() if isinstance(value, Position) else value)
+
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.init and f.name != "at"}
+        shown = [f"{name}={short(value)}" for name, value in own.items()]
+        if self.at != Position.of("all"):
+            shown.append(f"at={short(self.at)}")
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+    # -- what subclasses say -----------------------------------------------------------------------------------
+
+    def formula(self, x: mx.array, strength: float | mx.array, where: Where) -> mx.array:
+        """The edit of every token of `x`, (rows, tokens, ...), at a strength that broadcasts against it."""
+        raise NotImplementedError
+
+    # -- what all have in common -------------------------------------------------------------------------------
+
+    def __call__(self, x: mx.array, where: Where) -> mx.array:
+        """The edited activation: same shape, same dtype, untouched tokens bit for bit.
+
+        Args:
+            x: (rows, tokens, ...).
+            where: which tokens these are, and how strongly to act.
+
+        Raises:
+            ValueError: a constant doesn't fit `x`, or the strengths don't fit its rows.
+        """
+        strength, rows = self._resolve_strength(x, where)
+        touched = where.tokens.touched(self.at, rows)
+        if touched is False:
+            return x
+        self.check(x.shape[-1], where.key)
+        y = self.formula(x, strength, where)
+        if y.shape != x.shape:
+            raise ValueError(f"{self.name} at {where.key} made shape {y.shape} of {x.shape}: an edit keeps the shape.")
+        return self._select(x, y.astype(x.dtype), touched, where)
+
+    def _select(self, x: mx.array, y: mx.array, touched: bool | mx.array, where: Where) -> mx.array:
+        if touched is True:
+            return y
+        assert isinstance(touched, mx.array)
+        if x.shape[:2] != touched.shape:
+            raise ValueError(
+                f"{where.key} has shape {x.shape}, which doesn't begin with (batch, tokens) = {touched.shape}: only "
+                "at='all' with one strength for all rows can be used there."
+            )
+        return mx.where(touched.reshape(*touched.shape, *(1,) * (x.ndim - 2)), y, x)
+
+    def _resolve_strength(self, x: mx.array, where: Where) -> tuple[float | mx.array, tuple[bool, ...] | None]:
+        """The strength that broadcasts against `x`, and the rows it leaves to act on."""
+        own: Any = self.strength
+        rows = where.rows
+        if isinstance(own, mx.array):
+            own = own * where.strength
+            return (own.reshape(-1, *(1,) * (x.ndim - 1)) if own.ndim else own), rows
+        if isinstance(own, float):
+            own *= where.strength
+            return own, rows if own else (False,) * len(where.tokens)
+        if len(own) != len(where.tokens):
+            raise ValueError(f"{self.name} at {where.key}: {len(own)} strengths for {len(where.tokens)} rows.")
+        own = tuple(s * where.strength for s in own)
+        if not all(own):
+            rows = tuple(bool(s) and (rows is None or rows[i]) for i, s in enumerate(own))
+        return mx.array(own).reshape(-1, *(1,) * (x.ndim - 1)), rows
+
+    def check(self, width: int, key: str) -> None:
+        """Refuse constants that don't fit an activation of `width` features.
+
+        Raises:
+            ValueError: with both widths and the key.
+        """
+        for name, value in self._tensors().items():
+            if value.shape[-1] != width:
+                raise ValueError(
+                    f"{self.name} at {key}: its {name} has width {value.shape[-1]}, the activation has {width}."
+                )
+
+    def _tensors(self) -> dict[str, mx.array]:
+        """The constants whose last axis runs over the activation's features."""
+        return {
+            f.name: value
+            for f in fields(self)
+            if f.name not in ("strength", "at", "_cache") and isinstance(value := getattr(self, f.name), mx.array)
+        }
+
+    def cast(self, name: str, dtype: mx.Dtype, make: Callable[[], mx.array]) -> mx.array:
+        """A constant in the activation's dtype, made once for each `name` and dtype, evaluated for every thread."""
+        key = (name, dtype)
+        found = self._cache.get(key)
+        if found is None:
+            found = make().astype(dtype)
+            if settled(found):
+                self._cache[key] = found
+        return found
+
+    def parts(self) -> tuple[Intervention, ...]:
+        """The elementary interventions in it, in the order in which they act."""
+        return (self,)
+
+    def row(self, index: int) -> Intervention:
+        """What it does to one row of a batch, with that row's strength."""
+        own: Any = self.strength
+        if isinstance(own, float) or (isinstance(own, mx.array) and not own.ndim):
+            return self
+        changed: dict[str, Any] = {"strength": own[index]}
+        return replace(self, **changed)
+
+    def __or__(self, other: Any) -> Compose:
+        return Compose((self, as_intervention(other)))
+
+    def __ror__(self, other: Any) -> Compose:
+        return Compose((as_intervention(other), self))
+
+    # -- as data -------------------------------------------------------------------------------------------------
+
+    def to_spec(self) -> tuple[dict[str, Any], dict[str, mx.array]]:
+        """The intervention as data: a JSON value and the tensors it refers to by name.
+
+        Raises:
+            ValueError: it holds something that can't be data (a plain function, a callable position).
+        """
+        tensors: dict[str, mx.array] = {}
+        return _encode(self, tensors, ""), tensors
+
+    @staticmethod
+    def from_spec(spec: dict[str, Any], tensors: dict[str, mx.array]) -> Intervention:
+        """Make an intervention from its data again."""
+        found = _decode(spec, tensors)
+        if not isinstance(found, Intervention):
+            raise ValueError(f"this is no intervention's data: {spec!r}.")
+        return found
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the content: equal for interventions that do the same thing."""
+        found = self._cache.get("fingerprint")
+        if found is None:
+            found = self._cache["fingerprint"] = self._hash()
+        return str(found)
+
+    def _hash(self) -> str:
+        if not all(part.saveable and part.at.kind != "call" for part in self.parts()):
+            return f"unsaved-{id(self):x}"
+        spec, tensors = self.to_spec()
+        digest = hashlib.sha256(json.dumps(spec, sort_keys=True).encode())
+        for name in sorted(tensors):
+            digest.update(name.encode() + np.array(tensors[name].astype(mx.float32)).tobytes())
+        return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Compose(Intervention):
+    """One intervention after the other: ``x' = f_n(… f_1(x))``.
+
+    Args:
+        steps: the interventions, in the order in which they act. Each keeps its own strength and positions.
+    """
+
+    steps: tuple[Intervention, ...]
+    strength: Any = 1.0
+    name: ClassVar[str] = "compose"
+
+    def __post_init__(self) -> None:
+        steps = tuple(as_intervention(step) for step in self.steps)
+        if not steps:
+            raise ValueError("a composition of no interventions: give at least one.")
+        self._set(steps=steps)
+        super().__post_init__()
+
+    def __call__(self, x: mx.array, where: Where) -> mx.array:
+        if not isinstance(self.strength, float):
+            raise ValueError("a composition's strength is one number; give per-row strengths to its steps.")
+        inner = replace(where, strength=where.strength * self.strength)
+        for step in self.steps:
+            x = step(x, inner)
+        return x
+
+    def check(self, width: int, key: str) -> None:
+        for step in self.steps:
+            step.check(width, key)
+
+    def parts(self) -> tuple[Intervention, ...]:
+        return tuple(part for step in self.steps for part in step.parts())
+
+    def row(self, index: int) -> Intervention:
+        return replace(self, steps=tuple(step.row(index) for step in self.steps))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Function(Intervention):
+    """A plain function ``x → x'`` as an intervention: ``x' = x + s·(f(x) − x)``. It can't be saved.
+
+    Args:
+        function: from an array (rows, tokens, ...) to one of the same shape.
+    """
+
+    function: Callable[[mx.array], mx.array]
+    strength: Any = 1.0
+    name: ClassVar[str] = "function"
+    saveable: ClassVar[bool] = False
+
+    def formula(self, x: mx.array, strength: float | mx.array, where: Where) -> mx.array:
+        y = self.function(x)
+        if not isinstance(y, mx.array):
+            raise TypeError(
+                f"the function at {where.key} returned {type(y).__name__}, not an mx.array: a function takes an "
+                "activation and returns the edited one."
+            )
+        if y.shape != x.shape:
+            raise ValueError(f"the function at {where.key} made shape {y.shape} of {x.shape}: an edit keeps the shape.")
+        return y if isinstance(strength, float) and strength == 1.0 else x + strength * (y - x)
+
+
+def as_intervention(value: Any) -> Intervention:
+    """An intervention, a list of them, or a plain function, as an intervention.
+
+    Raises:
+        TypeError: it is none of these.
+    """
+    if isinstance(value, Intervention):
+        return value
+    if isinstance(value, (list, tuple)):
+        return Compose(tuple(as_intervention(v) for v in value))
+    if callable(value) and not isinstance(value, type):
+        return Function(value)
+    raise TypeError(
+        f"an intervention is one of mlxsteer.interventions (such as add_vector(v)), a list of them, or a function "
+        f"x -> x', not {type(value).__name__}."
+    )
+
+
+class compose:  # noqa: N801 - a word in code: compose().add(f).add(g).build()
+    """Build a composition step by step: ``compose().add(f).add(g).build()`` is ``f | g``."""
+
+    def __init__(self, *steps: Any) -> None:
+        self._steps: list[Any] = list(steps)
+
+    def add(self, step: Any) -> compose:
+        """One more step, acting after those added before."""
+        self._steps.append(as_intervention(step))
+        return self
+
+    def build(self) -> Compose:
+        """The composition."""
+        return Compose(tuple(self._steps))
+
+
+# -- data ----------------------------------------------------------------------------------------------------------
+
+
+def _encode(value: Any, tensors: dict[str, mx.array], path: str) -> Any:
+    if isinstance(value, Intervention):
+        if not value.saveable or registered().get(value.name) is not type(value):
+            raise ValueError(
+                f"{value.name or type(value).__name__} can't be saved: only registered interventions can "
+                "(see interventions.register)."
+            )
+        own = {f.name: getattr(value, f.name) for f in fields(value) if f.init}
+        return {
+            "intervention": value.name,
+            "parameters": {k: _encode(v, tensors, f"{path}{k}") for k, v in own.items()},
+        }
+    if isinstance(value, Position):
+        return _encode_position(value)
+    if isinstance(value, mx.array):
+        tensors[path] = value
+        return {"tensor": path}
+    if isinstance(value, (list, tuple)):
+        return [_encode(v, tensors, f"{path}.{i}.") for i, v in enumerate(value)]
+    if value is None or isinstance(value, (str, int, float, bool)):
+        return value
+    raise ValueError(f"{value!r} can't be saved as data.")
+
+
+def _encode_position(position: Position) -> Any:
+    if position.kind == "call":
+        raise ValueError("an intervention whose at= is a callable can't be saved; give the positions as a list.")
+    if position.kind == "name":
+        return position.value
+    value = position.value
+    return {position.kind: value if isinstance(value, str) else list(value)}
+
+
+def _decode(value: Any, tensors: dict[str, mx.array]) -> Any:
+    if isinstance(value, dict):
+        if "intervention" in value:
+            parameters = {k: _decode(v, tensors) for k, v in value.get("parameters", {}).items()}
+            return create(value["intervention"], **parameters)
+        if "tensor" in value:
+            return tensors[value["tensor"]]
+        if "after" in value:
+            text = value["after"]
+            return after(text if isinstance(text, str) else tuple(text))
+        if "slice" in value:
+            return slice(*value["slice"])
+        if "ints" in value:
+            return list(value["ints"])
+        raise ValueError(f"unknown data {value!r} in an intervention.")
+    return tuple(_decode(v, tensors) for v in value) if isinstance(value, list) else value
+
+
+# -- the registry --------------------------------------------------------------------------------------------------
+
+_registry: dict[str, type[Intervention]] = {"compose": Compose}
+_T = TypeVar("_T", bound=type)
+
+
+def register(name: str) -> Callable[[_T], _T]:
+    """Enter an intervention class in the registry, so that it can be created by name, saved and loaded.
+
+    Args:
+        name: what it is called in files and in `create`.
+
+    Returns:
+        A decorator for a subclass of `Intervention`; it becomes a frozen dataclass if it isn't one.
+
+    Raises:
+        ValueError: the name is taken.
+        TypeError: the class is no `Intervention`.
+    """
+
+    def enter(cls: _T) -> _T:
+        if not issubclass(cls, Intervention):
+            raise TypeError(f"{cls.__name__} is no subclass of interventions.Intervention.")
+        if (known := _registry.get(name)) is not None and known.__qualname__ != cls.__qualname__:
+            raise ValueError(f"an intervention called {name!r} is registered already: {known.__name__}.")
+        if "__dataclass_fields__" not in cls.__dict__ or not is_dataclass(cls):
+            cls = dataclass(frozen=True, eq=False, repr=False)(cls)  # type: ignore[assignment]
+        cls.name = name
+        _registry[name] = cls
+        return cls
+
+    return enter
+
+
+def registered() -> dict[str, type[Intervention]]:
+    """Name → class of every intervention, those of other packages included."""
+    for point in entry_points(group=ENTRY_POINTS):
+        if point.name not in _registry:
+            register(point.name)(point.load())
+    return _registry
+
+
+def available() -> list[str]:
+    """The names of all registered interventions."""
+    return sorted(registered())
+
+
+def _known(name: str) -> type[Intervention]:
+    found = registered().get(name)
+    if found is None:
+        near = difflib.get_close_matches(name, available(), n=3) or available()
+        raise ValueError(f"no intervention called {name!r}. Nearest: {', '.join(near)}.")
+    return found
+
+
+def create(name: str, **parameters: Any) -> Intervention:
+    """Make a registered intervention by name.
+
+    Raises:
+        ValueError: there is none of that name, or a parameter it doesn't have was given.
+    """
+    cls = _known(name)
+    accepted = [f.name for f in fields(cls) if f.init]
+    if unknown := [p for p in parameters if p not in accepted]:
+        raise ValueError(f"{name} has no parameter {unknown[0]!r}; it has {', '.join(accepted)}.")
+    return cls(**parameters)
+
+
+def describe(name: str) -> str:
+    """What a registered intervention does: signature, formula, shapes, source."""
+    cls = _known(name)
+    arguments = ", ".join(
+        str(p).split(":")[0] + (f"={p.default!r}" if p.default is not p.empty else "")
+        for p in inspect.signature(cls).parameters.values()
+    )
+    return f"{name}({arguments})\n\n{inspect.getdoc(cls)}"

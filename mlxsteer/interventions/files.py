@@ -1,0 +1,118 @@
+"""A key dict of interventions as one safetensors file: nothing is unpickled, nothing imported by a name found in it."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlxsteer.interventions.base import Intervention, as_intervention
+
+FORMAT = "mlxsteer.interventions"
+VERSION = 1
+
+
+def write_whole(path: str | Path, write: Callable[[str], Any]) -> Path:
+    """Write a file completely or not at all: into a temporary file beside it, then rename.
+
+    Args:
+        path: the file to write.
+        write: given the temporary file's path, writes it.
+    """
+    target = Path(path)
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"{target}: there is no folder {target.parent}.")
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.stem}-", suffix=target.suffix)
+    os.close(handle)
+    try:
+        write(temporary)
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, target)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return target
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def read_tensors(path: str | Path, format_name: str, version: int) -> tuple[dict[str, mx.array], dict[str, Any]]:
+    """The tensors and the JSON metadata of one of our safetensors files.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no safetensors file, not of this format, or of a later version.
+    """
+    source = Path(path)
+    if not source.is_file():
+        raise FileNotFoundError(f"there is no file {source}.")
+    try:
+        loaded: Any = mx.load(str(source), format="safetensors", return_metadata=True)
+        tensors, metadata = loaded
+        mx.eval(list(tensors.values()))
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"{source} is no complete safetensors file.") from error
+    if format_name not in metadata:
+        raise ValueError(f"{source} holds no {format_name}: its metadata names {sorted(metadata) or 'nothing'}.")
+    try:
+        data = json.loads(metadata[format_name])
+        written = int(data["version"])
+    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{source}: the metadata of its {format_name} is damaged.") from error
+    if written > version:
+        raise ValueError(f"{source} is of {format_name} version {written}; this mlxsteer reads up to {version}.")
+    return tensors, data
+
+
+def save(interventions: Mapping[str, Any], path: str | Path) -> Path:
+    """Save a key dict of interventions as one safetensors file.
+
+    Args:
+        interventions: key → intervention, or a list of them.
+        path: a file name ending in ``.safetensors``.
+
+    Raises:
+        ValueError: one of them can't be saved (a plain function), or the name doesn't end in ``.safetensors``.
+    """
+    if Path(path).suffix != ".safetensors":
+        raise ValueError(f"{path}: interventions are saved as a .safetensors file.")
+    tensors: dict[str, mx.array] = {}
+    specs: dict[str, Any] = {}
+    for number, (key, value) in enumerate(interventions.items()):
+        spec, own = as_intervention(value).to_spec()
+        specs[key] = _renamed(spec, f"{number}.")
+        tensors |= {f"{number}.{name}": array for name, array in own.items()}
+    metadata = {FORMAT: json.dumps({"version": VERSION, "interventions": specs})}
+    return write_whole(path, lambda temporary: mx.save_safetensors(temporary, tensors, metadata))
+
+
+def _renamed(spec: Any, prefix: str) -> Any:
+    """A spec whose tensors carry a prefix, so that several specs share one file."""
+    if isinstance(spec, dict):
+        if set(spec) == {"tensor"}:
+            return {"tensor": prefix + spec["tensor"]}
+        return {k: _renamed(v, prefix) for k, v in spec.items()}
+    return [_renamed(v, prefix) for v in spec] if isinstance(spec, list) else spec
+
+
+def load(path: str | Path) -> dict[str, Intervention]:
+    """Load a key dict of interventions that `save` wrote.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, foreign, of a later version, or names an intervention nobody registered.
+    """
+    tensors, data = read_tensors(path, FORMAT, VERSION)
+    try:
+        return {key: Intervention.from_spec(spec, tensors) for key, spec in data["interventions"].items()}
+    except (KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"{path}: its interventions are damaged ({error}).") from error

@@ -1,0 +1,544 @@
+"""`InterpretableModel`: an mlx-lm model with a name for every place in it, and the verbs to read and write there."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from mlx_lm.generate import GenerationResponse
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from mlxsteer import generation
+from mlxsteer.hooks import Plan, attached, disable, enable, settle
+from mlxsteer.places import Places, Writing
+from mlxsteer.positions import Prompt
+from mlxsteer.sites import SiteMap
+from mlxsteer.steering import Steering
+from mlxsteer.trace import Recording, Trace, innermost
+
+Text: TypeAlias = "str | Sequence[int] | Sequence[Mapping[str, Any]] | mx.array"
+"""One prompt: a text, token ids, or chat messages (dicts with `role` and `content`)."""
+
+POCKET = Path(__file__).parent / "pocket" / "model"
+"""The folder of the bundled model."""
+
+
+class ContextLengthWarning(UserWarning):
+    """A prompt is longer than the context that the model was made for."""
+
+
+class InterpretableModel:
+    """An mlx-lm model whose activations can be read and written by name. The model itself stays as it is.
+
+    Args:
+        model: a Hugging Face name (``"mlx-community/Llama-3.2-1B-Instruct-4bit"``), a local folder, ``"pocket"`` for
+            the bundled model, or an `nn.Module` that mlx-lm built.
+        tokenizer: the tokenizer, for a module given as such; without one, prompts are token ids.
+        load: further arguments go to `mlx_lm.load` (``adapter_path=``, ``revision=``, ``tokenizer_config=``, …).
+
+    Attributes:
+        model: the `nn.Module`, to be given to any mlx-lm function.
+        tokenizer: mlx-lm's tokenizer wrapper, or None.
+        name: what it was loaded by.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        OSError: the name is not on the Hub, or the Hub can't be reached.
+        UnsupportedModel: the model's structure can't be hooked.
+
+    Example:
+        >>> import mlxsteer as ms
+        >>> model = ms.InterpretableModel("pocket")
+        >>> with model.trace("The food was") as trace:
+        ...     pass
+        >>> trace.activations["layers.5"].shape
+        (1, 5, 256)
+    """
+
+    def __init__(self, model: str | os.PathLike[str] | nn.Module, tokenizer: Any = None, **load: Any) -> None:
+        if isinstance(model, nn.Module):
+            if load:
+                raise TypeError(f"{next(iter(load))}= goes to mlx_lm.load, and a module is loaded already.")
+            self.name = getattr(model, "model_type", type(model).__name__)
+            self.model = model
+            wrapped = tokenizer if tokenizer is None or isinstance(tokenizer, TokenizerWrapper) else None
+            self.tokenizer: TokenizerWrapper | None = (
+                wrapped if wrapped is not None or tokenizer is None else TokenizerWrapper(tokenizer)
+            )
+        elif isinstance(model, (str, os.PathLike)):
+            self.name = os.fspath(model)
+            self.model, loaded = _load(self.name, load)
+            self.tokenizer = tokenizer if tokenizer is not None else loaded
+        else:
+            raise TypeError(
+                f"a model is a Hugging Face name, a folder, 'pocket' or an nn.Module, not {type(model).__name__}."
+            )
+        self._sites = SiteMap(self.model)
+
+    def __repr__(self) -> str:
+        bits: set[Any] = {getattr(m, "bits", None) for m in self.model.modules()} - {None}
+        quantized = f", {'/'.join(map(str, sorted(bits)))}-bit" if bits else ""
+        width = self._sites.width(self._sites.resolve("layers.0"))
+        hidden = f", hidden size {width}" if width else ""
+        kind = getattr(self.model, "model_type", type(self.model).__name__)
+        return f"InterpretableModel({self.name!r}: {kind}, {len(self._sites.blocks)} layers{hidden}{quantized})"
+
+    # -- names and tokens ----------------------------------------------------------------------------------------
+
+    def sites(self, pattern: str | Sequence[str] | None = None) -> list[str]:
+        """The keys of the places in this model, without running anything.
+
+        Args:
+            pattern: a key, a glob (``"layers.*.mlp"``), a range (``"layers.8-12"``), or a list of them; None for all.
+
+        Raises:
+            UnknownKey: it matches nothing.
+        """
+        return self._sites.keys if pattern is None else [site.key for site in self._sites.expand(pattern)]
+
+    @property
+    def layers(self) -> Places:
+        """The blocks: ``len(model.layers)``; inside a trace ``model.layers[5].mlp.output`` is the activation there."""
+        return Places(self._sites)
+
+    def encode(self, prompt: Text) -> list[int]:
+        """Token ids of a text, of chat messages (through the chat template), or of token ids.
+
+        BOS is added where the tokenizer adds one, and never twice.
+
+        Raises:
+            ValueError: the prompt is empty, holds an id outside the vocabulary, or needs a tokenizer or a chat
+                template that is missing.
+        """
+        if isinstance(prompt, str):
+            tokens = self._encode_text(prompt)
+        elif isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping):
+            tokens = self._encode_chat(prompt)  # type: ignore[arg-type]
+        else:
+            values: Any = prompt.tolist() if hasattr(prompt, "tolist") else list(prompt)
+            if any(not isinstance(t, int) or isinstance(t, bool) for t in values):
+                raise TypeError("a prompt is a string, a list of token ids, or a list of chat messages.")
+            tokens = values
+        if not tokens:
+            raise ValueError("the prompt is empty: give at least one token.")
+        if min(tokens) < 0:
+            raise ValueError(f"token id {min(tokens)} is negative.")
+        self._warn_if_long(len(tokens))
+        return tokens
+
+    def _encode_text(self, text: str) -> list[int]:
+        tokenizer = self._needed_tokenizer("a text")
+        if not text:
+            raise ValueError("the prompt is empty: give at least one character.")
+        bos = tokenizer.bos_token
+        return list(tokenizer.encode(text, add_special_tokens=bos is None or not text.startswith(bos)))
+
+    def _encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        tokenizer = self._needed_tokenizer("chat messages")
+        if not tokenizer.has_chat_template:
+            raise ValueError(f"{self.name} has no chat template: give the prompt as a text.")
+        for message in messages:
+            if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
+                raise ValueError(f"a chat message is a dict with 'role' and 'content', not {message!r}.")
+        answering = messages[-1]["role"] == "assistant"
+        tokens = tokenizer.apply_chat_template(
+            [dict(m) for m in messages], add_generation_prompt=not answering, continue_final_message=answering
+        )
+        return [int(t) for t in tokens]
+
+    def _needed_tokenizer(self, what: str) -> TokenizerWrapper:
+        if self.tokenizer is None:
+            raise ValueError(f"{what} needs a tokenizer, and this model was given without one; give token ids instead.")
+        return self.tokenizer
+
+    def _warn_if_long(self, count: int) -> None:
+        args = getattr(self.model, "args", None)
+        for name in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"):
+            limit = getattr(args, name, None) or getattr(getattr(args, "text_config", None), name, None)
+            if isinstance(limit, int) and count > limit:
+                message = (
+                    f"the prompt has {count} tokens, the model was made for {limit}: what follows may be nonsense."
+                )
+                warnings.warn(message, ContextLengthWarning, stacklevel=4)
+                return
+
+    def _encode_many(self, prompt: Any) -> tuple[list[list[int]], bool]:
+        """Token ids of one prompt or several, and whether they were several."""
+        if isinstance(prompt, mx.array) and prompt.ndim == 2:
+            return [self.encode(row) for row in prompt], True
+        if isinstance(prompt, (list, tuple)):
+            if not prompt:
+                raise ValueError("the prompt is empty: give a text, token ids, chat messages, or a list of these.")
+            if isinstance(prompt[0], (str, list, tuple, mx.array)):
+                return [self.encode(one) for one in prompt], True
+        return [self.encode(prompt)], False
+
+    def decode(self, tokens: Sequence[int] | mx.array) -> str:
+        """The text of token ids, special tokens included."""
+        ids: Any = tokens.tolist() if isinstance(tokens, mx.array) else list(tokens)
+        return str(self._needed_tokenizer("decoding").decode(ids))
+
+    def token_to_str(self, token: int) -> str:
+        """The text of one token id."""
+        return self.decode([int(token)])
+
+    def str_tokens(self, prompt: Text) -> list[str]:
+        """A prompt's tokens as texts, one by one."""
+        return [self.token_to_str(token) for token in self.encode(prompt)]
+
+    # -- reading and writing one forward -----------------------------------------------------------------------
+
+    def trace(self, prompt: Any, interventions: Mapping[str, Any] | None = None) -> Trace:
+        """One forward, staged: nothing is computed that nobody looks at.
+
+        Args:
+            prompt: a text, token ids or chat messages; a list of them is run as one padded batch.
+            interventions: key → intervention (or a list of them, or a function ``x → x'``).
+
+        Returns:
+            A context manager. `trace.activations[key]` reads, also after the block; inside it
+            ``model.layers[5].output`` reads and writes, and ``model.output`` is the logits.
+
+        Raises:
+            UnknownKey: a key names no place; the nearest ones are listed.
+            ValueError: the prompt is empty, a constant doesn't fit or isn't finite, a position means nothing here.
+            NeverFired: a place's module doesn't run in this model's forward.
+        """
+        steering = Steering.of(self._sites, interventions) if interventions is not None else None
+        prompts, _ = self._encode_many(prompt)
+        decode = self.tokenizer.decode if self.tokenizer is not None else None
+        return Trace(self._sites, prompts, decode, steering)
+
+    @property
+    def output(self) -> Any:
+        """The logits of the open trace, (batch, tokens, vocabulary)."""
+        return self._open_trace().output
+
+    @output.setter
+    def output(self, value: Any) -> None:
+        self._open_trace().output = value
+
+    def _open_trace(self) -> Trace:
+        trace = innermost(self._sites)
+        if trace is None:
+            raise RuntimeError("model.output has a value only inside `with model.trace(prompt):`.")
+        return trace
+
+    @contextmanager
+    def record(self, *keys: str | Sequence[str]) -> Iterator[Recording]:
+        """Read around foreign code, step by step: each forward inside the block adds one activation per key.
+
+        Args:
+            keys: keys, globs, ranges, or lists of them.
+
+        Raises:
+            UnknownKey: a key names no place.
+            NeverFired: on leaving: no forward ran, or a place's module never did.
+        """
+        wanted = [k for key in keys for k in ([key] if isinstance(key, str) else key)]
+        if not wanted:
+            raise ValueError("record what? Give at least one key, such as 'layers.5'.")
+        sites = self._sites.expand(wanted)
+        seen = Recording(self._sites, sites)
+        plan = Plan(self._sites, capture=sites, keep=seen.keep)
+        with attached(plan):
+            yield seen
+        plan.check_fired()
+
+    # -- steering --------------------------------------------------------------------------------------------------
+
+    def steer(
+        self,
+        interventions: Mapping[str, Any] | None = None,
+        /,
+        *,
+        prompt_tokens: int | Sequence[int] | Sequence[Sequence[int]] | None = None,
+        **named: Mapping[str, Any],
+    ) -> OpenSteering:
+        """Steer every forward of this model, whoever runs it: mlx-lm's generators, or a loop of your own.
+
+        Args:
+            interventions: a key dict; it is called ``"steering"``.
+            named: key dicts by name; they act in the order given.
+            prompt_tokens: the prompt that foreign code will run (its token ids, or their number; a list of prompts
+                for a batch, in order), for positions that need it: ``"last"``, ``after(...)``, negative indices.
+
+        Returns:
+            A context manager, or call `enable()` and `disable()`. ``steering["mood"].strength = 0.5`` changes a
+            strength while it is open: with a generator running, from the token after the next, since the next
+            forward is staged already.
+
+        Raises:
+            NeverFired: on leaving the block: no forward of the model ran in it, or a place's module never did.
+        """
+        named = {**({"steering": interventions} if interventions is not None else {}), **named}
+        if not named:
+            raise ValueError("steer with what? Give a dict such as {'layers.5': add_vector(v)}.")
+        steerings = [Steering.of(self._sites, value, name) for name, value in named.items()]
+        for steering in steerings:
+            for site, intervention in steering.edits:
+                if any(isinstance(part.strength, tuple) for part in intervention.parts()):
+                    raise ValueError(
+                        f"{site.key}: one strength per row needs known rows: use model.generate([...]) or a trace."
+                    )
+        decode = self.tokenizer.decode if self.tokenizer is not None else None
+        return OpenSteering(self._sites, steerings, _told(prompt_tokens, decode))
+
+    def edit(self, interventions: Mapping[str, Any] | None = None) -> Any:
+        """A model that is steered for good and shares all its weights with this one, which stays untouched.
+
+        Args:
+            interventions: a key dict. Without one, a block in which edits are written in place, once, to hold for
+                every forward: ``with model.edit() as edited: edited.layers[5].output[:, -1] += v``.
+
+        Returns:
+            The edited `InterpretableModel`, or a context manager that gives it. Its `model` is steered in any
+            mlx-lm function. In an inline edit a token index means what it means in `at=`: -1 is ``"last"``.
+        """
+        if interventions is not None:
+            Steering.of(self._sites, interventions)  # refuse what doesn't fit before copying anything
+            edited = self._copied()
+            edited._settle(interventions)
+            return edited
+        return self._edit_block()
+
+    @contextmanager
+    def _edit_block(self) -> Iterator[InterpretableModel]:
+        edited = self._copied()
+        with Writing(edited._sites) as writing:
+            yield edited
+        if not writing.writes:
+            raise ValueError(
+                "the edit block wrote nothing: write to the edited model, `with model.edit() as edited: "
+                "edited.layers[5].output[:, -1] += v`."
+            )
+        edited._settle(writing.writes)
+
+    def _copied(self) -> InterpretableModel:
+        edited = copy.copy(self)
+        edited.model = copy.deepcopy(self.model, {id(a): a for a in _arrays(self.model)})
+        edited._sites = SiteMap(edited.model)
+        for plan in self.model.__dict__.get("_mlxsteer_resident", ()):
+            for steering in plan.steerings:
+                edited._settle({site.key: intervention for site, intervention in steering.edits})
+        return edited
+
+    def _settle(self, interventions: Mapping[str, Any]) -> None:
+        settle(Plan(self._sites, steerings=[Steering.of(self._sites, interventions)], adopt=True))
+
+    # -- generating ------------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompt: Any,
+        interventions: Any = None,
+        *,
+        max_tokens: int | Sequence[int] = 256,
+        temp: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        min_p: float | None = None,
+        seed: int | None = None,
+        sampler: Callable[[mx.array], mx.array] | None = None,
+        logprobs: bool = False,
+        **options: Any,
+    ) -> Any:
+        """Generate, steered, on mlx-lm's own generator.
+
+        Args:
+            prompt: a text, token ids or chat messages; a list of them is generated as one batch.
+            interventions: a key dict; for a batch also a list with one key dict (or None) per row.
+            max_tokens: the most tokens to generate.
+            temp, top_p, top_k, min_p: the usual knobs; greedy unless `temp` is given.
+            seed: seed of MLX's global generator, for sampling.
+            sampler: in place of the knobs.
+            logprobs: keep the log-probability of every generated token.
+            options: everything that mlx-lm takes (``prompt_cache=``, ``logits_processors=``, ``prefill_step_size=``,
+                ``max_kv_size=``, ``kv_bits=``, ``draft_model=``, …).
+
+        Returns:
+            A `Generation` (a `str`), or a list of them for a list of prompts.
+        """
+        tokenizer = self._needed_tokenizer("generation")
+        prompts, many = self._encode_many(prompt)
+        options["sampler"] = generation.sampler_of(
+            sampler, seed, {"temp": temp, "top_p": top_p, "top_k": top_k, "min_p": min_p}
+        )
+        options |= {"max_tokens": max_tokens, "logprobs": logprobs}
+        if many:
+            steerings = self._row_steerings(interventions, len(prompts))
+            return generation.generate_batch(self._sites, tokenizer, prompts, steerings, **options)
+        steering = self._row_steerings(interventions, 1)[0]
+        return generation.generate(self._sites, tokenizer, prompts[0], steering, **options)
+
+    def stream(
+        self,
+        prompt: Text,
+        interventions: Mapping[str, Any] | None = None,
+        *,
+        max_tokens: int = 256,
+        temp: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        min_p: float | None = None,
+        seed: int | None = None,
+        sampler: Callable[[mx.array], mx.array] | None = None,
+        **options: Any,
+    ) -> Iterator[GenerationResponse]:
+        """Generate piece by piece; arguments as in `generate`, for one prompt.
+
+        Between two pieces the model is plain: a call of it from elsewhere is not steered.
+
+        Returns:
+            An iterator over mlx-lm's `GenerationResponse` (`text`, `token`, `logprobs`, …).
+        """
+        tokenizer = self._needed_tokenizer("generation")
+        prompts, many = self._encode_many(prompt)
+        if many:
+            raise ValueError("stream takes one prompt; generate([...]) runs several as a batch.")
+        steering = self._row_steerings(interventions, 1)[0]
+        knobs = {"temp": temp, "top_p": top_p, "top_k": top_k, "min_p": min_p}
+        options |= {"sampler": generation.sampler_of(sampler, seed, knobs), "max_tokens": max_tokens}
+        return generation.stream(self._sites, tokenizer, prompts[0], steering, **options)
+
+    def _row_steerings(self, interventions: Any, count: int) -> list[Steering | None]:
+        """One steering per row, from one key dict for all or a list of them."""
+        if interventions is None:
+            return [None] * count
+        if isinstance(interventions, (list, tuple)):
+            if len(interventions) != count:
+                raise ValueError(f"{len(interventions)} key dicts for {count} prompts: give one (or None) per prompt.")
+            return [s for one in interventions for s in self._row_steerings(one, 1)]
+        steering = Steering.of(self._sites, interventions)
+        for site, intervention in steering.edits:
+            for part in intervention.parts():
+                rows = len(part.strength) if isinstance(part.strength, tuple) else count
+                if rows != count:
+                    raise ValueError(f"{part.name} at {site.key}: {rows} strengths for {count} rows.")
+        return [steering.row(index) for index in range(count)]
+
+
+class OpenSteering:
+    """Named steerings of one model, in force inside a `with` block or between `enable()` and `disable()`."""
+
+    def __init__(self, sites: SiteMap, steerings: Sequence[Steering], prompts: Callable[[int], Prompt] | None) -> None:
+        self._steerings = {steering.name: steering for steering in steerings}
+        self._plan = Plan(sites, steerings=list(steerings), adopt=True, prompts=prompts)
+        self._context: Any = None
+        self._owner: int | None = None
+
+    def __getitem__(self, name: str) -> Steering:
+        if name not in self._steerings:
+            near = difflib.get_close_matches(name, self._steerings, n=3) or list(self._steerings)
+            raise KeyError(f"no steering called {name!r}; there is {', '.join(near)}")
+        return self._steerings[name]
+
+    @property
+    def strength(self) -> float | dict[str, float]:
+        """The multiplier of every steering, or of each by name where they differ; setting it sets all."""
+        values = {name: steering.strength for name, steering in self._steerings.items()}
+        return next(iter(values.values())) if len(set(values.values())) == 1 else values
+
+    @strength.setter
+    def strength(self, value: float) -> None:
+        for steering in self._steerings.values():
+            steering.strength = float(value)
+
+    def __enter__(self) -> OpenSteering:
+        if self._context is not None or self._owner is not None:
+            raise RuntimeError("this steering is in force already; make another one with model.steer(...).")
+        self._context = attached(self._plan)
+        self._context.__enter__()
+        return self
+
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
+        context, self._context = self._context, None
+        context.__exit__(kind, error, traceback)
+        if error is None:
+            self._plan.check_fired()
+
+    def enable(self) -> OpenSteering:
+        """Put it in force in this thread, without a block, until `disable()`."""
+        if self._context is None and self._owner is None:
+            self._owner = enable(self._plan)
+        return self
+
+    def disable(self) -> None:
+        """End what `enable()` began; doing it twice does no harm."""
+        if self._owner is not None:
+            owner, self._owner = self._owner, None
+            disable(self._plan, owner)
+
+    def __repr__(self) -> str:
+        state = "in force" if self._context is not None or self._owner is not None else "not in force"
+        parts = [f"{name} ×{steering.strength:g}" for name, steering in self._steerings.items()]
+        return f"<steering {', '.join(parts)}; {state}>"
+
+
+def _told(prompt_tokens: Any, decode: Callable[[list[int]], str] | None) -> Callable[[int], Prompt] | None:
+    """What to believe of the prompts of rows that foreign code begins."""
+    if prompt_tokens is None:
+        return None
+    if isinstance(prompt_tokens, int):
+        return lambda seen: Prompt(seen + prompt_tokens, None, decode)
+    values: Any = prompt_tokens.tolist() if isinstance(prompt_tokens, mx.array) else list(prompt_tokens)
+    if values and isinstance(values[0], int):
+        return lambda seen: Prompt(seen + len(values), values if not seen else None, decode)
+    waiting = [list(v) for v in values]
+
+    def next_prompt(seen: int) -> Prompt:
+        if not waiting:
+            raise ValueError(f"prompt_tokens= holds {len(values)} prompts, and one more row has begun.")
+        tokens = waiting.pop(0)
+        return Prompt(seen + len(tokens), tokens if not seen else None, decode)
+
+    return next_prompt
+
+
+def _arrays(module: Any) -> Iterator[mx.array]:
+    """Every array in a module tree."""
+    if isinstance(module, mx.array):
+        yield module
+    elif isinstance(module, dict):
+        for value in module.values():
+            yield from _arrays(value)
+        if isinstance(module, nn.Module):
+            for value in module.__dict__.values():
+                if isinstance(value, mx.array):
+                    yield value
+    elif isinstance(module, (list, tuple)):
+        for value in module:
+            yield from _arrays(value)
+
+
+def _load(name: str, options: Mapping[str, Any]) -> tuple[nn.Module, TokenizerWrapper]:
+    """A model by name, with one clear sentence where there is none."""
+    if name == "pocket":
+        return mlx_lm.load(str(POCKET), **options)[:2]
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(f"{name} is no model folder: it has no config.json.")
+        return mlx_lm.load(str(folder), **options)[:2]
+    if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+        raise FileNotFoundError(
+            f"there is no folder {name}. A model is 'pocket', a local folder, or a Hugging Face name such as "
+            "'mlx-community/Llama-3.2-1B-Instruct-4bit'."
+        )
+    try:
+        return mlx_lm.load(name, **options)[:2]
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError) as error:
+        raise OSError(
+            f"can't load {name!r}: there is no such folder here, and it could not be had from the Hugging Face Hub "
+            f"({type(error).__name__}). Check the name and the network, or give a local folder."
+        ) from error

@@ -1,0 +1,51 @@
+"""Contrast pairs: one prompt, a completion that shows a behaviour and one that doesn't."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+SPLITS = ("train", "choose", "report")
+"""Vectors are computed on train, layers and strengths picked on choose, numbers reported on report."""
+
+
+@dataclass(frozen=True)
+class ContrastPair:
+    """Two completions of one prompt that differ in one behaviour.
+
+    Attributes:
+        prompt: what both begin with.
+        positive: the completion that shows the behaviour.
+        negative: the completion that shows its opposite.
+        split: ``"train"``, ``"choose"`` or ``"report"``, or None where there are no splits.
+    """
+
+    prompt: str
+    positive: str
+    negative: str
+    split: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("prompt", "positive", "negative"):
+            if not isinstance(getattr(self, name), str):
+                raise TypeError(f"a contrast pair's {name} is a text, not {type(getattr(self, name)).__name__}.")
+        if not self.prompt + self.positive or not self.prompt + self.negative:
+            raise ValueError("a contrast pair with an empty side has nothing to read.")
+        if self.positive == self.negative:
+            raise ValueError(f"both sides of a contrast pair are {self.positive!r}: there is no contrast.")
+        if self.split is not None and self.split not in SPLITS:
+            raise ValueError(f"a split is one of {', '.join(SPLITS)}, not {self.split!r}.")
+
+
+def in_split(pairs: Sequence[ContrastPair], split: str) -> list[ContrastPair]:
+    """The pairs of one split; all of them where no pair names a split.
+
+    Raises:
+        ValueError: there are splits, and this one is empty.
+    """
+    if all(pair.split is None for pair in pairs):
+        return list(pairs)
+    chosen = [pair for pair in pairs if pair.split == split]
+    if not chosen:
+        raise ValueError(f"no pair is in the split {split!r}; there are {sorted({p.split or 'none' for p in pairs})}.")
+    return chosen

@@ -1,0 +1,302 @@
+"""Which tokens an intervention touches: absolute positions, whatever the caches, chunks and padding are.
+
+A position is written as ``"all"``, ``"prompt"``, ``"generated"``, ``"last"`` (the last prompt token and every
+generated one), ``"first"``, ``after("text")``, an int, a list of ints, a slice (absolute; negative ones count from
+the end of the prompt), or a callable from the prompt's token ids to positions. For one row with a known prompt each
+of them is a handful of Python `range`s, so a forward decides on the host, without looking at an array, whether it
+is touched nowhere, everywhere, or where.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import mlx.core as mx
+import numpy as np
+
+FOREVER = 2**62
+"""An end that no sequence reaches."""
+
+NAMES = ("all", "prompt", "generated", "last", "first")
+
+
+@dataclass(frozen=True)
+class after:  # noqa: N801 - reads as a word: at=after("[/INST]")
+    """From the token after the last occurrence of `text` in the prompt on, and everything generated.
+
+    This is where contrastive activation addition steers: everything after the instruction (Rimsky et al. 2024,
+    arXiv 2312.06681).
+
+    Args:
+        text: what to look for in the decoded prompt (special tokens included), or a tuple of token ids.
+    """
+
+    text: str | tuple[int, ...]
+
+
+At: TypeAlias = "str | int | slice | Sequence[int] | after | Callable[[list[int]], Iterable[int]]"
+"""Everything that may be written as `at=`."""
+
+
+class PositionError(ValueError):
+    """A position that means nothing for this prompt, or that needs a prompt nobody has told us."""
+
+
+@dataclass(eq=False)
+class Prompt:
+    """What is known of one row's prompt.
+
+    Attributes:
+        length: number of prompt tokens; None while unknown (foreign code that is still feeding it).
+        tokens: the token ids, where known.
+        decode: token ids to text, where there is a tokenizer.
+        whole: every token of the row is prompt, as in a trace.
+        source: makes the token ids when a position asks for them, in place of `tokens`.
+        mixed: prompt and drafted tokens came in one forward, so that nobody can tell where the prompt ended.
+    """
+
+    length: int | None = None
+    tokens: list[int] | None = None
+    decode: Callable[[list[int]], str] | None = None
+    whole: bool = False
+    mixed: bool = False
+    source: Callable[[], list[int]] | None = None
+    _ranges: dict[Position, tuple[range, ...]] = field(default_factory=dict)
+
+    def ranges(self, position: Position) -> tuple[range, ...]:
+        """The touched absolute positions of this row, as ranges.
+
+        Raises:
+            PositionError: the position means nothing for this prompt, or needs one and none is known.
+        """
+        found = self._ranges.get(position)
+        if found is None:
+            found = position.ranges(self)
+            if self.length is not None:
+                self._ranges[position] = found
+        return found
+
+    def ids(self, what: str) -> list[int]:
+        """The token ids, for positions that look at them."""
+        if self.tokens is None and self.source is not None:
+            self.tokens = self.source()
+        if self.tokens is None:
+            raise PositionError(f"at={what} needs the prompt's token ids, and only its length is known.")
+        return self.tokens
+
+    def needed(self, what: str) -> int:
+        """The prompt's length, for positions that mean nothing without it."""
+        if self.length is None:
+            raise PositionError(
+                f"at={what} needs the prompt, and other code's generation doesn't say where it ends: pass it as "
+                "model.steer(..., prompt_tokens=...), or use model.generate."
+            )
+        return self.length
+
+
+@dataclass(frozen=True)
+class Position:
+    """A position as it was written, in a hashable form.
+
+    Attributes:
+        kind: ``"name"``, ``"after"``, ``"ints"``, ``"slice"`` or ``"call"``.
+        value: the name, the text, a tuple of ints, (start, stop, step), or the callable.
+    """
+
+    kind: str
+    value: Any
+
+    @classmethod
+    def of(cls, at: At | Position) -> Position:
+        """Read an `at=`.
+
+        Raises:
+            PositionError: it is none of the accepted forms.
+        """
+        if isinstance(at, Position):
+            return at
+        if isinstance(at, str):
+            if at not in NAMES:
+                raise PositionError(f"at={at!r}: the names are {', '.join(NAMES)}; for a text, after({at!r}).")
+            return cls("name", at)
+        if isinstance(at, after):
+            if not at.text:
+                raise PositionError("at=after(''): an empty text occurs everywhere; use at='all'.")
+            return cls("after", tuple(at.text) if not isinstance(at.text, str) else at.text)
+        if isinstance(at, slice):
+            if at.step is not None and at.step < 1:
+                raise PositionError(f"at={at}: the step of a slice of tokens is 1 or more.")
+            return cls("slice", (at.start, at.stop, at.step))
+        if isinstance(at, (int, np.integer)) and not isinstance(at, bool):
+            return cls("ints", (int(at),))
+        if callable(at):
+            return cls("call", at)
+        if isinstance(at, (Sequence, np.ndarray, mx.array)) and all(
+            isinstance(i, (int, np.integer)) and not isinstance(i, bool) for i in list(_listed(at))
+        ):
+            return cls("ints", tuple(int(i) for i in _listed(at)))
+        raise PositionError(
+            f"at={at!r} is no position: say one of {', '.join(NAMES)}, after(text), an int, a list of ints, a slice, "
+            "or a callable on the prompt's token ids."
+        )
+
+    def ranges(self, prompt: Prompt) -> tuple[range, ...]:
+        """The touched absolute positions for one prompt; see `Prompt.ranges`."""
+        return getattr(self, f"_{self.kind}")(prompt)
+
+    def _name(self, prompt: Prompt) -> tuple[range, ...]:
+        name = self.value
+        if name == "all":
+            return (range(0, FOREVER),)
+        if name == "first":
+            return (range(0, 1),)
+        if name == "last":
+            end = prompt.needed("'last'")
+            return (range(end - 1, FOREVER),)
+        if name == "generated" and prompt.whole:
+            raise PositionError("at='generated' in a trace: every token of a trace is prompt; say 'last' or 'all'.")
+        if prompt.mixed:
+            raise PositionError(
+                f"at={name!r} with a draft model needs the prompt: pass it as model.steer(..., prompt_tokens=...), or "
+                "use model.generate."
+            )
+        # foreign code that is still in the prompt: all so far is prompt, nothing is generated
+        end = FOREVER if prompt.length is None else prompt.length
+        return (range(0, end),) if name == "prompt" else (range(end, FOREVER),)
+
+    def _after(self, prompt: Prompt) -> tuple[range, ...]:
+        prompt.needed(f"after({self.value!r})")
+        return (range(_end_of(self.value, prompt), FOREVER),)
+
+    def _ints(self, prompt: Prompt) -> tuple[range, ...]:
+        return tuple(range(p, p + 1) for p in sorted({self._absolute(i, prompt) for i in self.value}))
+
+    def _absolute(self, index: int, prompt: Prompt) -> int:
+        if index < 0:
+            length = prompt.needed(str(index))
+            if index < -length:
+                raise PositionError(f"at={index} lies before the prompt, which has {length} tokens.")
+            return length + index
+        if prompt.whole and prompt.length is not None and index >= prompt.length:
+            raise PositionError(
+                f"at={index} lies behind the prompt, which has {prompt.length} tokens (0 is the first)."
+            )
+        return index
+
+    def _slice(self, prompt: Prompt) -> tuple[range, ...]:
+        start, stop, step = self.value
+
+        def absolute(index: int | None, default: int) -> int:
+            if index is None:
+                return default
+            return index if index >= 0 else max(0, prompt.needed(str(index)) + index)
+
+        return (range(absolute(start, 0), absolute(stop, FOREVER), step or 1),)
+
+    def _call(self, prompt: Prompt) -> tuple[range, ...]:
+        length = prompt.needed("a callable")
+        chosen = [int(i) for i in self.value(list(prompt.ids("a callable")))]
+        if bad := [i for i in chosen if not -length <= i < length]:
+            raise PositionError(f"the callable given as at= chose position {bad[0]} in a prompt of {length} tokens.")
+        return tuple(range(p, p + 1) for p in sorted({i % length for i in chosen}))
+
+    def written(self) -> At:
+        """The position as a person would write it."""
+        if self.kind == "after":
+            return after(self.value)
+        if self.kind == "ints":
+            return self.value[0] if len(self.value) == 1 else list(self.value)
+        return slice(*self.value) if self.kind == "slice" else self.value
+
+
+def _listed(at: Any) -> list[Any]:
+    values: Any = at.tolist() if isinstance(at, (np.ndarray, mx.array)) else at
+    return list(values)
+
+
+def _end_of(text: str | tuple[int, ...], prompt: Prompt) -> int:
+    """Index of the first token behind the last occurrence of `text` in the prompt."""
+    tokens = prompt.ids(f"after({text!r})")
+    if isinstance(text, tuple):
+        for start in range(len(tokens) - len(text), -1, -1):
+            if tuple(tokens[start : start + len(text)]) == text:
+                return start + len(text)
+        raise PositionError(f"at=after({list(text)}): the prompt has no such tokens in a row.")
+    if prompt.decode is None:
+        raise PositionError(f"at=after({text!r}) needs a tokenizer; this model has none. Give token ids instead.")
+    whole = prompt.decode(tokens)
+    at = whole.rfind(text)
+    if at < 0:
+        raise PositionError(f"at=after({text!r}): the prompt has no such text: {whole[-120:]!r}.")
+    end = at + len(text)
+    low, high = 0, len(tokens)  # the fewest tokens whose text reaches the end of the occurrence
+    while low < high:
+        middle = (low + high) // 2
+        if len(prompt.decode(tokens[:middle])) >= end:
+            high = middle
+        else:
+            low = middle + 1
+    return low
+
+
+class Tokens:
+    """The tokens of one forward: for each row, where it starts, how many are real, and what its prompt is.
+
+    Real tokens come first in a row; what follows them is padding.
+
+    Args:
+        starts: absolute position of each row's first token.
+        lengths: number of real tokens in each row of this forward.
+        width: number of tokens in this forward, padding included.
+        prompts: what is known of each row's prompt.
+    """
+
+    def __init__(self, starts: Sequence[int], lengths: Sequence[int], width: int, prompts: Sequence[Prompt]) -> None:
+        self.starts, self.lengths, self.width, self.prompts = list(starts), list(lengths), width, list(prompts)
+        self._masks: dict[Any, bool | mx.array] = {}
+        self._placed: mx.array | None = None
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def positions(self) -> mx.array:
+        """Absolute position of every token, (rows, width), int32; those of padding mean nothing."""
+        if self._placed is None:
+            self._placed = mx.array(np.add.outer(self.starts, np.arange(self.width)).astype(np.int32))
+        return self._placed
+
+    def touched(self, position: Position, rows: tuple[bool, ...] | None = None) -> bool | mx.array:
+        """Where `position` touches this forward.
+
+        Args:
+            position: which tokens.
+            rows: which rows may be touched at all; None for every one.
+
+        Returns:
+            False for nowhere, True for every token of every row, or a mask (rows, width).
+        """
+        key = (position, rows)
+        found = self._masks.get(key)
+        if found is None:
+            found = self._masks[key] = self._touched(position, rows)
+        return found
+
+    def _touched(self, position: Position, rows: tuple[bool, ...] | None) -> bool | mx.array:
+        marks = [
+            self.marks(row, position) if rows is None or rows[row] else np.zeros(self.width, bool)
+            for row in range(len(self))
+        ]
+        mask = np.stack(marks)
+        return bool(mask.all()) if mask.all() or not mask.any() else mx.array(mask)
+
+    def marks(self, row: int, position: Position) -> np.ndarray:
+        """Which tokens of one row are touched, (width,) of bool; padding never is."""
+        start, length = self.starts[row], self.lengths[row]
+        marks = np.zeros(self.width, bool)
+        for span in self.prompts[row].ranges(position):
+            first = max(span.start, start)
+            first += -(first - span.start) % span.step
+            marks[max(first - start, 0) : max(min(span.stop - start, length), 0) : span.step] = True
+        return marks

@@ -1,0 +1,293 @@
+"""Names of places in a model: from a key that a person writes to the module it means, without running anything.
+
+A *key* is the MLX path of a module, with the container of the blocks called ``layers`` on every family:
+``layers.5``, ``layers.5.self_attn``, ``layers.5.mlp.down_proj``. It means the module's output; a last segment
+``input`` means its input. Fixed names are ``embed``, ``norm`` and ``logits``; role names are ``layers.5.attn``,
+``layers.5.mlp`` and ``layers.5.attn.heads``. The raw MLX path, a leading ``model.``, negative layers, globs
+(``layers.*.mlp``) and inclusive ranges (``layers.8-12``) are accepted too.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+import mlx.nn as nn
+
+from mlxsteer import families
+
+
+class UnknownKey(KeyError):
+    """A key that names no place in the model; the message lists the nearest ones that do."""
+
+    def __str__(self) -> str:  # a KeyError shows its message quoted, which is hard to read
+        return str(self.args[0])
+
+
+class UnsupportedModel(ValueError):
+    """A model whose structure mlxsteer can't hook, with the reason."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place in one model.
+
+    Attributes:
+        key: the canonical key.
+        module: the module whose output or input it is.
+        port: ``"output"`` or ``"input"``.
+        call: which of the module's calls within one forward is meant, or None for "its only one".
+        layer: the block it lies in, None outside the blocks.
+        heads: number of heads where the site is seen as (batch, tokens, heads, head_dim), else None.
+        stream: position of the activation among the module's arguments (for ``port="input"``).
+    """
+
+    key: str
+    module: nn.Module
+    port: str = "output"
+    call: int | None = None
+    layer: int | None = None
+    heads: int | None = None
+    stream: int = 0
+
+    def __hash__(self) -> int:
+        return hash((self.key, id(self.module)))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Site) and self.key == other.key and self.module is other.module
+
+
+def _first(parent: nn.Module, names: Iterable[str]) -> str | None:
+    """The first of `names` that is a sub-module of `parent`."""
+    return next((name for name in names if isinstance(parent.get(name), nn.Module)), None)
+
+
+def _width_of_input(projection: nn.Module) -> int:
+    """Number of input features of a linear layer, quantized or not, plain or wrapped in LoRA."""
+    linear = projection.get("linear", projection)
+    if bits := getattr(linear, "bits", None):
+        return int(linear.weight.shape[-1] * 32 // bits)
+    return int(linear.weight.shape[-1])
+
+
+class SiteMap:
+    """Every name in one model.
+
+    Args:
+        model: the top module, as mlx-lm builds it (it has `layers`).
+
+    Raises:
+        UnsupportedModel: the model has no list of blocks, or its family can't be hooked.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.model_type: str | None = getattr(model, "model_type", None)
+        self.family = families.family(self.model_type)
+        if self.family.refusal:
+            raise UnsupportedModel(f"{self.model_type} models can't be steered: {self.family.refusal}.")
+        paths = {id(module): path for path, module in model.named_modules()}
+        blocks = getattr(model, "layers", None)
+        if not isinstance(blocks, (list, tuple)) or not blocks or not all(id(b) in paths for b in blocks):
+            raise UnsupportedModel(
+                f"{type(model).__name__} has no list of blocks: mlxsteer needs a text decoder as mlx-lm builds it, "
+                "with `model.layers`."
+            )
+        self.blocks: list[nn.Module] = list(blocks)
+        self._block_paths = [paths[id(block)] for block in self.blocks]
+        parent_path = self._block_paths[0].rsplit(".", 2)[0] if self._block_paths[0].count(".") > 1 else ""
+        self.trunk = self._module_at(parent_path)
+        """The module that holds the blocks, the embedding and the final norm."""
+        self._trunk_path = parent_path
+
+    # -- structure -----------------------------------------------------------------------------------------------
+
+    def _module_at(self, path: str) -> nn.Module:
+        module = self.model
+        for part in filter(None, path.split(".")):
+            module = module[int(part)] if isinstance(module, (list, tuple)) else module[part]
+        return module
+
+    @cached_property
+    def _fixed(self) -> dict[str, str]:
+        """Fixed name → raw path, where the model has such a module."""
+        prefix = f"{self._trunk_path}." if self._trunk_path else ""
+        names = {"embed": _first(self.trunk, families.EMBEDDING), "norm": _first(self.trunk, families.FINAL_NORM)}
+        return {fixed: prefix + name for fixed, name in names.items() if name}
+
+    @cached_property
+    def modules(self) -> dict[str, nn.Module]:
+        """Canonical key → module, for every module with an output of its own, in the order of the tree."""
+        to_fixed = {path: fixed for fixed, path in self._fixed.items()}
+        found: dict[str, nn.Module] = {}
+        for path, module in sorted(self.model.named_modules(), key=lambda item: _natural(item[0])):
+            # a bare `nn.Module` is a container without a call of its own; the root's output is called `logits`
+            if path and type(module) is not nn.Module and path != "lm_head":
+                found[to_fixed.get(path) or self._canonical(path)] = module
+        return found
+
+    def _canonical(self, path: str) -> str:
+        """A raw MLX path with the blocks' container called ``layers``."""
+        for i, block in enumerate(self._block_paths):
+            if path == block or path.startswith(block + "."):
+                return f"layers.{i}{path[len(block) :]}"
+        return path
+
+    @property
+    def keys(self) -> list[str]:
+        """The canonical keys of all outputs, ``logits`` last."""
+        return [*self.modules, "logits"]
+
+    # -- from a key to a site --------------------------------------------------------------------------------------
+
+    def resolve(self, key: str) -> Site:
+        """The one place that `key` means.
+
+        Raises:
+            UnknownKey: it means none; the message names the nearest keys.
+        """
+        if not isinstance(key, str):
+            raise TypeError(f"a key is a string such as 'layers.5.mlp', not {type(key).__name__}")
+        path, call = self._split_call(key)
+        port, heads = "output", False
+        if path.endswith((".input", ".output")):
+            path, port = path.rsplit(".", 1)
+        if path.endswith(".heads"):
+            path, heads = path[: -len(".heads")], True
+        path = self._canonical_of(path, key)
+        if path == "logits":
+            if port == "input" or heads or call:
+                raise UnknownKey(f"{key!r}: 'logits' is the model's output; 'norm' is what its head reads.")
+            return Site("logits", self.model)
+        module = self.modules[path]
+        layer = int(path.split(".")[1]) if path.startswith("layers.") else None
+        suffix = f"#{call}" if call is not None else ""
+        if heads:
+            return self._heads_site(key, path, module, layer)
+        stream = self.family.stream if layer is not None and path == f"layers.{layer}" else 0
+        name = path if port == "output" else f"{path}.input"
+        return Site(name + suffix, module, port, call, layer, stream=stream)
+
+    def _split_call(self, key: str) -> tuple[str, int | None]:
+        path, mark, number = key.partition("#")
+        if mark and not number.isdecimal():
+            raise UnknownKey(f"{key!r}: after '#' comes the number of the call within one forward, such as '#0'.")
+        return path, int(number) if mark else None
+
+    def _canonical_of(self, path: str, key: str) -> str:
+        """The canonical path of a module, from any accepted spelling."""
+        for candidate in dict.fromkeys((path, path.removeprefix("model."), path.removeprefix("model.model."))):
+            if candidate in ("logits", "lm_head", "output") or candidate in self.modules:
+                return "logits" if candidate in ("lm_head", "output") else candidate
+            canonical = self._canonical(candidate)
+            if canonical in self.modules:
+                return canonical
+            fixed = {raw: name for name, raw in self._fixed.items()}.get(candidate)
+            if fixed:
+                return fixed
+            if match := re.fullmatch(r"layers\.(-?\d+)((?:\..+)?)", canonical):
+                found = self._in_block(int(match[1]), match[2], key)
+                if found:
+                    return found
+        raise UnknownKey(self._unknown(key))
+
+    def _in_block(self, number: int, rest: str, key: str) -> str | None:
+        """Resolve inside block `number`: negative numbers and role names."""
+        count = len(self.blocks)
+        if not -count <= number < count:
+            raise UnknownKey(f"{key!r}: this model has {count} layers, layers.0 to layers.{count - 1}.")
+        number %= count
+        path = f"layers.{number}{rest}"
+        if path in self.modules:
+            return path
+        role, _, tail = rest[1:].partition(".")
+        names = {"attn": families.ATTENTION, "mlp": families.FEED_FORWARD}.get(role, ())
+        actual = _first(self.blocks[number], names)
+        path = f"layers.{number}.{actual}" + (f".{tail}" if tail else "")
+        return path if actual and path in self.modules else None
+
+    def _heads_site(self, key: str, path: str, module: nn.Module, layer: int | None) -> Site:
+        name = path.rsplit(".", 1)[-1]
+        projection = _first(module, families.OUTPUT_PROJECTION)
+        count = next((getattr(module, a) for a in families.HEAD_COUNT if isinstance(getattr(module, a, None), int)), 0)
+        if layer is None or name not in families.SOFTMAX_ATTENTION or not projection or not count:
+            raise UnknownKey(
+                f"{key!r}: {path} ({type(module).__name__}) has no attention heads before an output projection."
+            )
+        width = _width_of_input(module[projection])
+        if width % count:
+            raise UnknownKey(f"{key!r}: {path}.{projection} reads {width} features, not a multiple of {count} heads.")
+        return Site(f"{path}.heads", module[projection], "input", None, layer, heads=int(count))
+
+    def expand(self, pattern: str | Iterable[str]) -> list[Site]:
+        """Every place that a key, a glob (``layers.*.mlp``) or a range (``layers.8-12``) means, in the model's order.
+
+        Raises:
+            UnknownKey: it means none.
+        """
+        if not isinstance(pattern, str):
+            return list(dict.fromkeys(site for one in pattern for site in self.expand(one)))
+        if match := re.fullmatch(r"((?:model\.)*)layers\.(\*|\d+-\d+)((?:\..+|#\d+)?)", pattern):
+            span = self._span(match[2], pattern)
+            return self._each_layer(span, match[3], pattern)
+        if "*" in pattern:
+            regex = re.compile(re.escape(pattern).replace(r"\*", "[^.]+"))
+            found = [self.resolve(key) for key in self.keys if regex.fullmatch(key)]
+            if not found:
+                raise UnknownKey(self._unknown(pattern))
+            return found
+        return [self.resolve(pattern)]
+
+    def _span(self, text: str, pattern: str) -> range:
+        count = len(self.blocks)
+        if text == "*":
+            return range(count)
+        first, last = map(int, text.split("-"))
+        if first > last or last >= count:
+            raise UnknownKey(f"{pattern!r}: this model has {count} layers, layers.0 to layers.{count - 1}.")
+        return range(first, last + 1)
+
+    def _each_layer(self, span: range, rest: str, pattern: str) -> list[Site]:
+        """The same place in several blocks; hybrid models have it in some of them only."""
+        found: list[Site] = []
+        for layer in span:
+            try:
+                found += self.expand(f"layers.{layer}{rest}")
+            except UnknownKey:
+                continue
+        if not found:
+            raise UnknownKey(self._unknown(pattern))
+        return found
+
+    def width(self, site: Site) -> int | None:
+        """Number of features of the activation at `site`, where it can be told without running anything."""
+        module = site.module
+        if site.heads:
+            return _width_of_input(module) // site.heads
+        if isinstance(module, (nn.Linear, nn.QuantizedLinear)):
+            return _width_of_input(module) if site.port == "input" else int(module.weight.shape[0])
+        norm = self.modules.get("norm")
+        on_stream = site.key in ("embed", "norm", "norm.input") or any(module is b for b in self.blocks)
+        weight = norm.get("weight") if norm is not None and on_stream else None
+        return int(weight.shape[-1]) if weight is not None else None
+
+    def _unknown(self, key: str) -> str:
+        """The sentence for a key that means nothing here."""
+        roles = [f"layers.{len(self.blocks) // 2}.{role}" for role in ("attn", "mlp", "attn.heads", "input")]
+        pool = [*self.keys, *roles]
+        if key.startswith("layers.") and (match := re.match(r"layers\.(\d+)", key)):
+            pool = [k for k in self.keys if re.match(rf"layers\.{match[1]}(\.|$)", k)] or pool
+        near = difflib.get_close_matches(key, pool, n=4, cutoff=0.3) or pool[:4]
+        count = len(self.blocks)
+        return (
+            f"no place called {key!r} in this {self.model_type or type(self.model).__name__} model of {count} layers. "
+            f"Nearest: {', '.join(near)}. All of them: model.sites()."
+        )
+
+
+def _natural(path: str) -> tuple[tuple[int, int, str], ...]:
+    """Sort ``layers.10`` after ``layers.9``."""
+    return tuple((0, int(p), "") if p.isdecimal() else (1, 0, p) for p in path.split("."))

@@ -1,0 +1,405 @@
+"""One forward, staged: read any activation, edit it in place, and the rest of the model is staged again.
+
+MLX is lazy, so staging a forward costs no arithmetic: what nobody looks at is never computed. A trace keeps the blocks'
+staged outputs; reading another place stages its block once more, with the blocks before it replayed, and so does an
+edit. What a trace hands out are true arrays (`Activation`), which tell their trace when they are written to.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlxsteer.hooks import NeverFired, Plan, activation, alias, attached, detached, surrounding, with_activation
+from mlxsteer.interventions.base import Function
+from mlxsteer.positions import Position, Prompt, Tokens
+from mlxsteer.sites import Site, SiteMap, UnknownKey
+from mlxsteer.steering import Steering
+
+
+class LostWrite(RuntimeError):
+    """A write that would reach no model, with the spelling that does."""
+
+
+_open: ContextVar[tuple[Trace, ...]] = ContextVar("mlxsteer_traces", default=())
+_traces: weakref.WeakValueDictionary[int, Trace] = weakref.WeakValueDictionary()  # id(handle) → its trace
+
+
+# -- arrays that know their trace ----------------------------------------------------------------------------------
+
+
+def _trace_of(handle: mx.array) -> Trace:
+    trace = _traces.get(id(handle))
+    if trace is None or trace.closed:
+        raise LostWrite(
+            "the trace this activation came from is over, so a write to it would reach no model. Write inside the "
+            "`with model.trace(...)` block, or take an array of your own: h = mx.array(h)."
+        )
+    return trace
+
+
+class Activation(mx.array):
+    """An activation of an open trace: an `mx.array` for every operation; a write to it is an edit of the forward."""
+
+    __slots__ = ()
+
+    def save(self) -> mx.array:
+        """The value as a plain array of its own, which later edits don't touch."""
+        return alias(self)
+
+    def __getitem__(self, index: Any) -> mx.array:
+        part = super().__getitem__(index)
+        trace = _traces.get(id(self))
+        if trace is not None and not trace.closed:
+            part = _handle(part, ActivationSlice)
+            trace.keep_slice(part)
+        return part
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        trace = _trace_of(self)
+        trace.before_write(self)
+        if isinstance(value, mx.array):
+            trace.pending.pop(id(value), None)
+            value = alias(value).astype(self.dtype)
+        super().__setitem__(index, value)
+        trace.written(self)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return mx.array(self).__reduce_ex__(protocol)  # a pickle or a copy is of a plain array
+
+
+class ActivationSlice(mx.array):
+    """A part of an activation. MLX's slices are copies: only ``activation[part] += v`` writes back to the model."""
+
+    __slots__ = ()
+
+    def save(self) -> mx.array:
+        """The value as a plain array of its own."""
+        return alias(self)
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        raise LostWrite(
+            "a write to a slice of a slice is lost, because a slice is a copy. Write with one index: "
+            "output[0, -1] += v instead of output[0][-1] += v."
+        )
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return mx.array(self).__reduce_ex__(protocol)
+
+
+def _in_place(name: str) -> Callable[[Any, Any], Any]:
+    plain = getattr(mx.array, name)
+
+    def operator(self: Any, other: Any) -> Any:
+        trace = _trace_of(self)
+        if isinstance(self, Activation):
+            trace.before_write(self)
+        if isinstance(other, mx.array):
+            trace.pending.pop(id(other), None)
+            other = alias(other).astype(self.dtype)  # an activation keeps its dtype, as it does in an intervention
+        plain(self, other)
+        if isinstance(self, Activation):
+            trace.written(self)
+        else:
+            trace.pending[id(self)] = self
+        return self
+
+    operator.__name__ = name
+    return operator
+
+
+for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift"):
+    setattr(Activation, f"__i{_name}__", _in_place(f"__i{_name}__"))
+    setattr(ActivationSlice, f"__i{_name}__", _in_place(f"__i{_name}__"))
+
+
+def _handle(x: mx.array, cls: type) -> Any:
+    """`x` as an object of its own of an array subclass (a constructor would copy the buffer)."""
+    handle = x.reshape(x.shape)
+    handle.__class__ = cls
+    return handle
+
+
+# -- the trace -----------------------------------------------------------------------------------------------------
+
+
+class Activations(Mapping[str, mx.array]):
+    """Every activation of a trace by key; a value is staged when it is looked at."""
+
+    def __init__(self, trace: Trace) -> None:
+        self._trace = trace
+
+    def __getitem__(self, key: str) -> mx.array:
+        return self._trace.read(self._trace.sites.resolve(key))
+
+    def __contains__(self, key: object) -> bool:
+        try:
+            self._trace.sites.resolve(key)  # type: ignore[arg-type]
+        except (UnknownKey, TypeError):
+            return False
+        return True
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._trace.fired_keys())
+
+    def __len__(self) -> int:
+        return len(self._trace.fired_keys())
+
+    def __repr__(self) -> str:
+        return f"<activations of {len(self)} places: {', '.join(list(self)[:4])}, …>"
+
+
+class Trace:
+    """One staged forward over one prompt, or several in a right-padded batch.
+
+    Attributes:
+        activations: key → activation, (batch, tokens, ...), after every intervention and edit at that place.
+        tokens: the token ids, (batch, tokens); rows shorter than the longest are padded at the end.
+        lengths: number of real tokens in each row.
+        closed: whether the block is over. Reading goes on, editing doesn't.
+    """
+
+    def __init__(
+        self,
+        sites: SiteMap,
+        prompts: Sequence[Sequence[int]],
+        decode: Callable[[list[int]], str] | None = None,
+        steering: Steering | None = None,
+        pad: int = 0,
+    ) -> None:
+        self.sites = sites
+        self.lengths = [len(prompt) for prompt in prompts]
+        width = max(self.lengths)
+        self.tokens = mx.array([[*prompt, *[pad] * (width - len(prompt))] for prompt in prompts])
+        self.activations = Activations(self)
+        self.closed = False
+        self.pending: dict[int, mx.array] = {}
+        known = [Prompt(len(prompt), list(prompt), decode, whole=True) for prompt in prompts]
+        self._tokens = Tokens([0] * len(prompts), self.lengths, width, known)
+        self._edits = steering.edits if steering is not None else ()
+        self._outer = surrounding(sites.model)
+        self._segments: dict[Site, int] = {}
+        self._blocks = [sites.resolve(f"layers.{i}") for i in range(len(sites.blocks))]
+        self._logits = sites.resolve("logits")
+        self._whole: dict[Site, Any] = {}  # site → what its module gave, for blocks, logits and places read
+        self._handles: dict[Site, Activation] = {}
+        self._given: list[Activation] = []  # every handle ever given, so that none of their ids is used again
+        self._pins: dict[Site, mx.array] = {}  # places edited inline → their value
+        self._keys: list[str] | None = None
+
+    # -- the block -------------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> Trace:
+        self._stage([], 0, first=True)
+        _open.set((*_open.get(), self))
+        return self
+
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
+        _open.set(tuple(trace for trace in _open.get() if trace is not self))
+        self.closed = True
+        if error is None and self.pending:
+            raise LostWrite(
+                "a slice of an activation was written to and never put back, because a slice is a copy. Write "
+                "through the activation, model.layers[5].output[:, -1] += v, or make a value of your own: h = h + v."
+            )
+
+    # -- reading ---------------------------------------------------------------------------------------------------
+
+    @property
+    def output(self) -> mx.array:
+        """The logits, (batch, tokens, vocabulary), after any softcap."""
+        return self.read(self._logits)
+
+    @output.setter
+    def output(self, value: Any) -> None:
+        self.write(self._logits, value)
+
+    def read(self, site: Site) -> Any:
+        """The activation at a place: an `Activation` while the trace is open, a plain array afterwards.
+
+        Raises:
+            NeverFired: the place's module doesn't run in this model's forward.
+        """
+        if site not in self._whole:
+            self._stage([site], self._segment(site))
+        if self.closed:
+            handle = self._handles.get(site)
+            return alias(handle if handle is not None else activation(self._whole[site], site))
+        if site not in self._handles:
+            handle = self._handles[site] = _handle(activation(self._whole[site], site), Activation)
+            self._given.append(handle)
+            _traces[id(handle)] = self
+        return self._handles[site]
+
+    def last(self, key: str) -> mx.array:
+        """The activation at each row's last real token, (batch, ...)."""
+        value = alias(self.activations[key])
+        return value[mx.arange(len(self.lengths)), mx.array(self.lengths) - 1]
+
+    def marks(self, row: int, position: Position) -> np.ndarray:
+        """Which tokens of a row a position means, (tokens,) of bool; never padding."""
+        return self._tokens.marks(row, position)
+
+    @property
+    def mask(self) -> mx.array:
+        """Which tokens are real, (batch, tokens) of bool."""
+        return mx.arange(self.tokens.shape[1])[None] < mx.array(self.lengths)[:, None]
+
+    def fired_keys(self) -> list[str]:
+        """The keys of all places that this forward goes through, in the order in which it does."""
+        if self._keys is None:
+            plan = self._dry([self.sites.resolve(f"{key}#0") for key in self.sites.modules] + [self._logits])
+            self._keys = []
+            for site, value in plan.captured.items():
+                if isinstance(value[0] if isinstance(value, (tuple, list)) and value else value, mx.array):
+                    key, calls = site.key.removesuffix("#0"), plan.calls[id(site.module)]
+                    self._keys += [key] if calls == 1 else [f"{key}#{n}" for n in range(calls)]
+        return self._keys
+
+    # -- writing -----------------------------------------------------------------------------------------------------
+
+    def write(self, site: Site, value: Any) -> None:
+        """Put a value at a place: anything that broadcasts to its shape."""
+        handle = self.read(site)
+        if value is not handle:
+            handle[...] = value
+
+    def keep_slice(self, part: ActivationSlice) -> None:
+        """Remember whose slice this is."""
+        _traces[id(part)] = self
+        weakref.finalize(part, _traces.pop, id(part), None)
+
+    def before_write(self, handle: Activation) -> None:
+        """Refuse a write that would be lost or would contradict an earlier one."""
+        site = next((s for s, h in self._handles.items() if h is handle), None)
+        if site is None:
+            raise LostWrite("this value was read before an edit upstream of it: read it again, then write to it.")
+        for pinned in self._pins:
+            if pinned != site and not self._before(pinned, site):
+                raise LostWrite(
+                    f"{site.key} lies upstream of {pinned.key}, which was edited before: edit in the order in which "
+                    "the model runs."
+                )
+
+    def written(self, handle: Activation) -> None:
+        """An activation was written to: stage what comes after it again."""
+        site = next(s for s, h in self._handles.items() if h is handle)
+        self._whole[site] = with_activation(self._whole[site], alias(handle))
+        if site == self._logits:
+            return
+        self._pins[site] = alias(handle)
+        for other in list(self._handles):
+            if other != site and self._before(site, other):
+                del self._handles[other]  # what was handed out keeps its value; the next read gives the new one
+                del self._whole[other]
+        start = self._segment(site) + (site in self._blocks)
+        for block in [*self._blocks[start:], self._logits]:
+            self._whole.pop(block, None)
+        self._stage([], start)
+
+    # -- order -------------------------------------------------------------------------------------------------------
+
+    def _dry(self, capture: Sequence[Site]) -> Plan:
+        """Stage a plain forward of its own, to learn what fires and in which order. Nothing is evaluated."""
+        plan = Plan(self.sites, capture=capture, tokens=self._tokens)
+        with detached(), attached(plan):
+            self.sites.model(self.tokens)
+        return plan
+
+    def _segment(self, site: Site) -> int:
+        """How many blocks run wholly before a place: those that can be replayed."""
+        if site.layer is not None:
+            return site.layer
+        if site == self._logits:
+            return len(self._blocks)
+        if site not in self._segments:
+            plan = self._dry([*self._blocks, site])
+            plan.check_fired()
+            order = list(plan.captured)
+            self._segments[site] = sum(block in self._blocks for block in order[: order.index(site)])
+        return self._segments[site]
+
+    def _before(self, first: Site, second: Site) -> bool:
+        """Whether one place lies before another in the forward."""
+        a, b = self._segment(first), self._segment(second)
+        if a != b:
+            return a < b
+        order = list(self._dry([first, second]).captured)
+        return order.index(first) < order.index(second)
+
+    # -- staging -----------------------------------------------------------------------------------------------------
+
+    def _plan(self, capture: Sequence[Site], start: int) -> Plan:
+        """A plan that runs the blocks from `start` on, replaying those before, with every edit in force."""
+        replayable = self.sites.family.replay
+        replay = {block: self._whole[block] for block in self._blocks[:start]} if replayable else {}
+        ahead = [site for site in self._pins if not replay or self._segment(site) >= start]
+        if replayable:
+            replay |= {site: self._whole[site] for site in ahead if site.port == "output"}
+        pins = [(site, Function(_constant(self._pins[site]))) for site in ahead if site not in replay]
+        edits = [
+            (site, intervention)
+            for site, intervention in self._edits
+            if site not in replay and (site.layer is None or self._blocks[site.layer] not in replay)
+        ]
+        return Plan(self.sites, capture, [*edits, *pins], replay, self._tokens)
+
+    def _stage(self, capture: Sequence[Site], start: int, *, first: bool = False) -> None:
+        """Stage the forward from block `start` on. What is replayed isn't run, what was handed out stays."""
+        plan = self._plan(list(dict.fromkeys([*self._blocks[start:], *capture, self._logits])), start)
+        outer = self._outer if first else [p for p in self._outer if p.keep is None]
+        with detached(), attached(*outer, plan):
+            self.sites.model(self.tokens)
+        plan.check_fired()
+        # Where something downstream was handed out already, it may have been computed: the staged values behind it
+        # are worth more than these. Where nothing was, take these, so that the place just read is not run twice.
+        fresh = not any(self._segment(site) >= start for site in self._handles)
+        for site, value in plan.captured.items():
+            if site not in self._whole or site in capture or fresh:
+                self._whole[site] = value
+
+
+def _constant(value: mx.array) -> Callable[[mx.array], mx.array]:
+    return lambda x: value
+
+
+def innermost(sites: SiteMap) -> Trace | None:
+    """The innermost open trace of a model, here."""
+    return next((trace for trace in reversed(_open.get()) if trace.sites is sites), None)
+
+
+class Recording(Mapping[str, list[mx.array]]):
+    """What `record` saw: for each key one activation per forward, in order."""
+
+    def __init__(self, sites: SiteMap, keys: Iterable[Site]) -> None:
+        self._sites = sites
+        self._seen: dict[str, list[mx.array]] = {site.key: [] for site in keys}
+
+    def keep(self, captured: dict[Site, Any]) -> None:
+        """Take in the captures of one forward."""
+        for site, value in captured.items():
+            self._seen[site.key].append(alias(activation(value, site)))
+
+    def __getitem__(self, key: str) -> list[mx.array]:
+        site = self._sites.resolve(key)
+        if site.key not in self._seen:
+            raise UnknownKey(f"{key!r} was not recorded; recorded are {', '.join(self._seen)}.")
+        return self._seen[site.key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._seen)
+
+    def __len__(self) -> int:
+        return len(self._seen)
+
+    def join(self, key: str) -> mx.array:
+        """All forwards of a key side by side, (batch, all tokens, ...)."""
+        steps = self[key]
+        if not steps:
+            raise NeverFired(f"nothing was recorded at {key!r}: no forward has run.")
+        return mx.concatenate(steps, axis=1)
