@@ -7,6 +7,7 @@ hooks do is said by plans on a stack that belongs to the context (thread or task
 
 from __future__ import annotations
 
+import copyreg
 import functools
 import inspect
 import itertools
@@ -261,7 +262,8 @@ def _hooked_class(base: type[nn.Module]) -> type[nn.Module]:
 
     def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:
         made = list(super(hooked, self).__reduce_ex__(protocol))  # a copy or pickle is of the model's own class
-        made[1] = tuple(base if argument is hooked else argument for argument in made[1])
+        if made[0] is copyreg.__newobj__:  # which a pickler refuses for a class that isn't the object's own
+            made[:2] = _new, tuple(base if argument is hooked else argument for argument in made[1])
         if isinstance(made[2], dict):
             made[2] = {name: value for name, value in made[2].items() if name != _RESIDENT}
         return tuple(made)
@@ -276,6 +278,10 @@ def _hooked_class(base: type[nn.Module]) -> type[nn.Module]:
     }
     hooked: Any = type(base.__name__, (base,), members)
     return hooked
+
+
+def _new(cls: Any, *args: Any) -> Any:
+    return cls.__new__(cls, *args)
 
 
 @functools.cache

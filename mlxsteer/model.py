@@ -133,6 +133,10 @@ class InterpretableModel:
             raise ValueError("the prompt is empty: give at least one token.")
         if min(tokens) < 0:
             raise ValueError(f"token id {min(tokens)} is negative.")
+        embedding = self._sites.modules.get("embed")
+        weight = embedding.get("weight") if embedding is not None else None
+        if weight is not None and max(tokens) >= weight.shape[0]:
+            raise ValueError(f"token id {max(tokens)} lies outside the vocabulary of {weight.shape[0]}.")
         self._warn_if_long(len(tokens))
         return tokens
 

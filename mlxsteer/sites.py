@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -120,14 +121,19 @@ class SiteMap:
 
     @cached_property
     def modules(self) -> dict[str, nn.Module]:
-        """Canonical key → module, for every module with an output of its own, in the order of the tree."""
+        """Canonical key → module, for every module with an output of its own, in the order of the tree.
+
+        Left out are the root (its output is called ``logits``), bare containers, and a module that several parents
+        share (an activation function made once for all layers): it names no one place.
+        """
         to_fixed = {path: fixed for fixed, path in self._fixed.items()}
-        found: dict[str, nn.Module] = {}
-        for path, module in sorted(self.model.named_modules(), key=lambda item: _natural(item[0])):
-            # a bare `nn.Module` is a container without a call of its own; the root's output is called `logits`
-            if path and type(module) is not nn.Module and path != "lm_head":
-                found[to_fixed.get(path) or self._canonical(path)] = module
-        return found
+        named = sorted(self.model.named_modules(), key=lambda item: _natural(item[0]))
+        paths = Counter(id(module) for _, module in named)
+        return {
+            to_fixed.get(path) or self._canonical(path): module
+            for path, module in named
+            if path and path != "lm_head" and type(module) is not nn.Module and paths[id(module)] == 1
+        }
 
     def _canonical(self, path: str) -> str:
         """A raw MLX path with the blocks' container called ``layers``."""

@@ -127,7 +127,7 @@ class SteeringState:
     def begin(self, width: int) -> Tokens:
         """The tokens of a forward that is about to run."""
         for row in self.rows:
-            if not row.told and row.seen and not row.read:
+            if not row.told and row.seen and not row.read and not row.prompt.mixed:
                 # A forward that follows one whose state nobody read: one token is a decoding step, and what came
                 # before is the prompt; several are the next turn's prompt.
                 length = row.prompt.length if row.prompt.length is not None else row.seen

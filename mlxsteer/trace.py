@@ -33,6 +33,10 @@ _traces: weakref.WeakValueDictionary[int, Trace] = weakref.WeakValueDictionary()
 # -- arrays that know their trace ----------------------------------------------------------------------------------
 
 
+def _plain(x: mx.array) -> mx.array:
+    return x
+
+
 def _trace_of(handle: mx.array) -> Trace:
     trace = _traces.get(id(handle))
     if trace is None or trace.closed:
@@ -70,7 +74,7 @@ class Activation(mx.array):
         trace.written(self)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return mx.array(self).__reduce_ex__(protocol)  # a pickle or a copy is of a plain array
+        return _plain, (mx.array(self),)  # a pickle or a copy is a plain array
 
 
 class ActivationSlice(mx.array):
@@ -89,7 +93,7 @@ class ActivationSlice(mx.array):
         )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return mx.array(self).__reduce_ex__(protocol)
+        return _plain, (mx.array(self),)
 
 
 def _in_place(name: str) -> Callable[[Any, Any], Any]:
@@ -315,7 +319,7 @@ class Trace:
         """How many blocks run wholly before a place: those that can be replayed."""
         if site.layer is not None:
             return site.layer
-        if site == self._logits:
+        if site == self._logits or site.key.startswith("norm"):
             return len(self._blocks)
         if site not in self._segments:
             plan = self._dry([*self._blocks, site])
@@ -339,8 +343,10 @@ class Trace:
         replayable = self.sites.family.replay
         replay = {block: self._whole[block] for block in self._blocks[:start]} if replayable else {}
         ahead = [site for site in self._pins if not replay or self._segment(site) >= start]
-        if replayable:
-            replay |= {site: self._whole[site] for site in ahead if site.port == "output"}
+        for site in ahead:
+            looked_into = any(inner.key.startswith(f"{site.key}.") for inner in capture)
+            if replayable and site.port == "output" and not looked_into:
+                replay[site] = self._whole[site]
         pins = [(site, Function(_constant(self._pins[site]))) for site in ahead if site not in replay]
         edits = [
             (site, intervention)

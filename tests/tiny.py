@@ -76,12 +76,14 @@ FAMILIES = list(CONFIGS)
 FOUR_BIT = [name for name in FAMILIES if name not in ("rwkv7",)]
 
 
-def build(name: str, dtype: mx.Dtype = mx.float32, *, bits: int | None = None, seed: int = 0) -> nn.Module:
+def build(
+    name: str, dtype: mx.Dtype = mx.float32, *, bits: int | None = None, seed: int = 0, **changes: Any
+) -> nn.Module:
     """A random model of a family: large enough weights for its layers to matter, every zero parameter made random."""
     module = importlib.import_module(f"mlx_lm.models.{name}")
     mx.random.seed(seed)
-    model = module.Model(module.ModelArgs.from_dict({"model_type": name} | CONFIGS[name]))
-    model.update(tree_map(lambda p: _lively(p), model.parameters()))
+    model = module.Model(module.ModelArgs.from_dict({"model_type": name} | CONFIGS[name] | changes))
+    model.update(tree_map(_lively, model.parameters()))
     if bits:
         nn.quantize(model, group_size=32, bits=bits, class_predicate=_can_quantize)
     model.set_dtype(dtype)

@@ -1,0 +1,23 @@
+"""Shared by all tests: the bundled model once, and memory given back after every module."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+
+import mlx.core as mx
+import pytest
+
+from mlxsteer import InterpretableModel
+
+
+@pytest.fixture(scope="session")
+def pocket() -> InterpretableModel:
+    return InterpretableModel("pocket")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _give_memory_back() -> Iterator[None]:
+    yield
+    gc.collect()
+    mx.clear_cache()
