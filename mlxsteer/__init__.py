@@ -9,6 +9,7 @@ from mlxsteer.pairs import ContrastPair
 from mlxsteer.positions import PositionError, after
 from mlxsteer.sites import UnknownKey, UnsupportedModel
 from mlxsteer.steering import SteeredCacheError
+from mlxsteer.sweep import Sweep, sweep
 from mlxsteer.trace import LostWrite, Trace
 from mlxsteer.vectors import SteeringVector
 
@@ -22,6 +23,7 @@ __all__ = [
     "PositionError",
     "SteeredCacheError",
     "SteeringVector",
+    "Sweep",
     "Trace",
     "UnknownKey",
     "UnsupportedModel",
@@ -30,5 +32,6 @@ __all__ = [
     "extract",
     "interventions",
     "mean_activations",
+    "sweep",
 ]
 __version__ = "0.1.0"

@@ -13,12 +13,11 @@ import inspect
 import itertools
 import threading
 import weakref
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -34,6 +33,7 @@ class NeverFired(RuntimeError):
 
 
 _MISSING = object()
+_Edit: TypeAlias = tuple[Site, Intervention, "Steering | None"]
 
 
 @dataclass(eq=False)
@@ -41,9 +41,15 @@ class _Hook:
     """What one plan does at one module."""
 
     sites: list[Site] = field(default_factory=list)
-    edits: list[tuple[Site, Intervention, Steering | None]] = field(default_factory=list)
-    captures: list[Site] = field(default_factory=list)
+    input_edits: list[_Edit] = field(default_factory=list)
+    output_edits: list[_Edit] = field(default_factory=list)
+    input_captures: list[Site] = field(default_factory=list)
+    output_captures: list[Site] = field(default_factory=list)
     replay: Any = _MISSING
+    uncounted: Site | None = None
+    """A site that doesn't say which call it means: the module may run only once."""
+    enters: bool = False
+    """Whether anything is done to the module's input."""
 
 
 @dataclass(eq=False)
@@ -74,9 +80,10 @@ class Plan:
 
     captured: dict[Site, Any] = field(default_factory=dict, init=False)
     """Site → value (a module's whole output, or an input) of the last forward, in firing order."""
-    fired: Counter[Site] = field(default_factory=Counter, init=False)
+    ran: set[tuple[int, int]] = field(default_factory=set, init=False)
+    """(id(module), number of the call within its forward), over all forwards."""
     forwards: int = field(default=0, init=False)
-    calls: Counter[int] = field(default_factory=Counter, init=False)
+    calls: dict[int, int] = field(default_factory=dict, init=False)
     """id(module) → how often it ran in the last forward."""
     hooks: dict[int, _Hook] = field(default_factory=dict, init=False)
 
@@ -84,17 +91,30 @@ class Plan:
         for site, value in self.replay.items():
             self._hook(site).replay = value
         for site in self.capture:
-            self._hook(site).captures.append(site)
+            hook = self._hook(site)
+            (hook.input_captures if site.port == "input" else hook.output_captures).append(site)
         for site, intervention in self.edits:
-            self._hook(site).edits.append((site, intervention, None))
+            self._edit(site, intervention, None)
         for steering in self.steerings:
             for site, intervention in steering.edits:
-                self._hook(site).edits.append((site, intervention, steering))
+                self._edit(site, intervention, steering)
+
+    def _edit(self, site: Site, intervention: Intervention, steering: Steering | None) -> None:
+        hook = self._hook(site)
+        (hook.input_edits if site.port == "input" else hook.output_edits).append((site, intervention, steering))
 
     def _hook(self, site: Site) -> _Hook:
         hook = self.hooks.setdefault(id(site.module), _Hook())
         hook.sites.append(site)
+        hook.enters |= site.port == "input"
+        if site.call is None:
+            hook.uncounted = site
         return hook
+
+    @functools.cached_property
+    def alone(self) -> dict[int, list[tuple[Plan, _Hook]]]:
+        """id(module) → what is done there when no other plan is active."""
+        return {key: [(self, hook)] for key, hook in self.hooks.items()}
 
     @functools.cached_property
     def modules(self) -> list[nn.Module]:
@@ -109,7 +129,7 @@ class Plan:
             NeverFired: a planned place's module never ran in any forward.
         """
         planned = dict.fromkeys(site for hook in self.hooks.values() for site in hook.sites)
-        silent = [site for site in planned if not self.fired[site]]
+        silent = [site for site in planned if (id(site.module), site.call or 0) not in self.ran]
         if not silent:
             return
         if not self.forwards:
@@ -254,15 +274,15 @@ def _hooked_class(base: type[nn.Module]) -> type[nn.Module]:
     def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         forward = _forward.get()
         if forward is not None and self is not forward.root:
-            if id(self) in forward.ids:
-                return forward.call(self, base, args, kwargs)
+            if (hooks := forward.hooks.get(id(self))) is not None:
+                return forward.call(hooks, self, base, args, kwargs)
         elif plans := active(self):
             return Forward(self, plans).run(base, args, kwargs)
         return base.__call__(self, *args, **kwargs)
 
     def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:
         made = list(super(hooked, self).__reduce_ex__(protocol))  # a copy or pickle is of the model's own class
-        if made[0] is copyreg.__newobj__:  # which a pickler refuses for a class that isn't the object's own
+        if made[0] is copyreg.__newobj__:  # type: ignore[attr-defined]  # which a pickler refuses for a class that isn't the object's own
             made[:2] = _new, tuple(base if argument is hooked else argument for argument in made[1])
         if isinstance(made[2], dict):
             made[2] = {name: value for name, value in made[2].items() if name != _RESIDENT}
@@ -335,14 +355,17 @@ def with_activation(output: Any, x: mx.array) -> Any:
 # -- one forward ---------------------------------------------------------------------------------------------------
 
 
+_Hooks: TypeAlias = "Sequence[tuple[Plan, _Hook]]"
+
+
 class Forward:
     """One call of a hooked model: which tokens it sees, and what its modules do under the active plans."""
 
     def __init__(self, root: nn.Module, plans: Sequence[Plan]) -> None:
         self.root = root
         self.plans = plans
-        self.ids = frozenset(itertools.chain.from_iterable(plan.hooks for plan in plans))
-        self.calls: Counter[int] = Counter()
+        self.hooks = plans[0].alone if len(plans) == 1 else _together(plans)
+        self.calls: dict[int, int] = {}
         self.tokens: Tokens | None = None
         self.rows: list[Row] | None = None
         self._carrying: dict[int, tuple[bool, ...] | None] = {}
@@ -360,14 +383,15 @@ class Forward:
             stack.enter_context(opened(carrier(cache)) if state is not None else nullcontext())
             token = _forward.set(self)
             stack.callback(_forward.reset, token)
-            output = self.call(self.root, base, args, kwargs)
+            output = self.call(self.hooks.get(id(self.root), ()), self.root, base, args, kwargs)
         if state is not None:
             state.end(width)
         for plan in self.plans:
             plan.forwards += 1
             plan.calls = self.calls
             if plan.keep is not None:
-                plan.keep(dict(plan.captured))
+                captured, plan.captured = plan.captured, {}
+                plan.keep(captured)
         return output
 
     def _locate(self, inputs: mx.array, cache: Any, count: int, width: int) -> SteeringState | None:
@@ -420,58 +444,54 @@ class Forward:
             self._carrying[key] = None if all(carried) else carried
         return self._carrying[key]
 
-    def call(self, module: nn.Module, base: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call(
+        self, hooks: _Hooks, module: nn.Module, base: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         """A hooked module's call."""
-        number = self.calls[id(module)]
-        self.calls[id(module)] += 1
-        hooks = [(plan, hook) for plan in self.plans if (hook := plan.hooks.get(id(module))) is not None]
+        number = self.calls.get(id(module), 0)
+        self.calls[id(module)] = number + 1
+        replay, enters = _MISSING, False
         for plan, hook in hooks:
-            for site in hook.sites:
-                if site.call is None and number:
-                    raise NeverFired(
-                        f"{site.key} runs more than once in a forward: say which call, {site.key}#0 or {site.key}#1."
-                    )
-                plan.fired[site] += site.call in (None, number)
-        replayed = next((h.replay for _, h in reversed(hooks) if h.replay is not _MISSING), _MISSING)
-        if replayed is not _MISSING:
-            output = alias(replayed)
+            if number and hook.uncounted is not None:
+                key = hook.uncounted.key
+                raise NeverFired(f"{key} runs more than once in a forward: say which call, {key}#0 or {key}#1.")
+            plan.ran.add((id(module), number))
+            if hook.replay is not _MISSING:
+                replay = hook.replay
+            enters |= hook.enters
+        if replay is not _MISSING:
+            output = alias(replay)
         else:
-            args, kwargs = self._input(hooks, number, base, args, kwargs)
+            if enters:
+                args, kwargs = self._input(hooks, number, base, args, kwargs)
             output = base.__call__(module, *args, **kwargs)
             for _, hook in hooks:
-                for site, intervention, steering in hook.edits:
-                    if site.port == "output" and site.call in (None, number):
+                for site, intervention, steering in hook.output_edits:
+                    if site.call is None or site.call == number:
                         x = self._edit(activation(output, site), site, intervention, steering)
                         output = with_activation(output, x)
         for plan, hook in hooks:
-            for site in hook.captures:
-                if site.port == "output" and site.call in (None, number):
+            for site in hook.output_captures:
+                if site.call is None or site.call == number:
                     plan.captured[site] = alias(output)
         return output
 
     def _input(
-        self,
-        hooks: Sequence[tuple[Plan, _Hook]],
-        number: int,
-        base: type,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        self, hooks: _Hooks, number: int, base: type, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Edit and capture what enters a module."""
-        sites = [s for _, h in hooks for s in h.sites if s.port == "input" and s.call in (None, number)]
-        if not sites:
-            return args, kwargs
-        stream = sites[0].stream
-        x = _argument(base, args, kwargs, stream)
+        site = next(site for _, hook in hooks for site in hook.sites if site.port == "input")
+        x = _argument(base, args, kwargs, site.stream)
         if not isinstance(x, mx.array):
-            raise TypeError(f"{sites[0].key} is no activation: its module takes {type(x).__name__}.")
+            raise TypeError(f"{site.key} is no activation: its module takes {type(x).__name__}.")
+        stream = site.stream
         for _, hook in hooks:
-            for site, intervention, steering in hook.edits:
-                if site.port == "input" and site.call in (None, number):
+            for site, intervention, steering in hook.input_edits:
+                if site.call is None or site.call == number:
                     x = with_activation(x, self._edit(activation(x, site), site, intervention, steering))
         for plan, hook in hooks:
-            for site in hook.captures:
-                if site.port == "input" and site.call in (None, number):
+            for site in hook.input_captures:
+                if site.call is None or site.call == number:
                     plan.captured[site] = alias(x)
         if stream < len(args):
             return (*args[:stream], x, *args[stream + 1 :]), kwargs
@@ -485,6 +505,15 @@ class Forward:
         if rows is not None and not any(rows):
             return x
         return intervention(x, Where(self.tokens, site.key, site.layer, steering.strength, rows))
+
+
+def _together(plans: Sequence[Plan]) -> dict[int, list[tuple[Plan, _Hook]]]:
+    """What several plans do at each module, outermost first."""
+    found: dict[int, list[tuple[Plan, _Hook]]] = {}
+    for plan in plans:
+        for key, hook in plan.hooks.items():
+            found.setdefault(key, []).append((plan, hook))
+    return found
 
 
 def _row_of(inputs: mx.array, row: int) -> list[int]:

@@ -202,12 +202,20 @@ class InterpretableModel:
 
     # -- reading and writing one forward -----------------------------------------------------------------------
 
-    def trace(self, prompt: Any, interventions: Mapping[str, Any] | None = None) -> Trace:
+    def trace(
+        self,
+        prompt: Any,
+        interventions: Mapping[str, Any] | None = None,
+        *,
+        prompt_tokens: int | Sequence[int] | None = None,
+    ) -> Trace:
         """One forward, staged: nothing is computed that nobody looks at.
 
         Args:
             prompt: a text, token ids or chat messages; a list of them is run as one padded batch.
             interventions: key → intervention (or a list of them, or a function ``x → x'``).
+            prompt_tokens: how many tokens are prompt, for one row or for each; those after them count as generated.
+                All of them, unless told.
 
         Returns:
             A context manager. `trace.activations[key]` reads, also after the block; inside it
@@ -221,7 +229,14 @@ class InterpretableModel:
         steering = Steering.of(self._sites, interventions) if interventions is not None else None
         prompts, _ = self._encode_many(prompt)
         decode = self.tokenizer.decode if self.tokenizer is not None else None
-        return Trace(self._sites, prompts, decode, steering)
+        counts = [prompt_tokens] * len(prompts) if isinstance(prompt_tokens, int) else prompt_tokens
+        if counts is not None:
+            if len(counts) != len(prompts):
+                raise ValueError(f"prompt_tokens= has {len(counts)} numbers for {len(prompts)} prompts.")
+            for count, tokens in zip(counts, prompts, strict=True):
+                if not 1 <= count <= len(tokens):
+                    raise ValueError(f"prompt_tokens={count}: the row has {len(tokens)} tokens.")
+        return Trace(self._sites, prompts, decode, steering, counts)
 
     @property
     def output(self) -> Any:

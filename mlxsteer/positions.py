@@ -9,6 +9,7 @@ is touched nowhere, everywhere, or where.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -107,6 +108,13 @@ class Position:
 
     kind: str
     value: Any
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash((self.kind, self.value))
 
     @classmethod
     def of(cls, at: At | Position) -> Position:

@@ -55,7 +55,7 @@ class Site:
     stream: int = 0
 
     def __hash__(self) -> int:
-        return hash((self.key, id(self.module)))
+        return hash(self.key)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Site) and self.key == other.key and self.module is other.module

@@ -174,16 +174,20 @@ class Trace:
         prompts: Sequence[Sequence[int]],
         decode: Callable[[list[int]], str] | None = None,
         steering: Steering | None = None,
-        pad: int = 0,
+        prompt_lengths: Sequence[int] | None = None,
     ) -> None:
         self.sites = sites
         self.lengths = [len(prompt) for prompt in prompts]
         width = max(self.lengths)
-        self.tokens = mx.array([[*prompt, *[pad] * (width - len(prompt))] for prompt in prompts])
+        self.tokens = mx.array([[*prompt, *[0] * (width - len(prompt))] for prompt in prompts])
         self.activations = Activations(self)
         self.closed = False
         self.pending: dict[int, mx.array] = {}
-        known = [Prompt(len(prompt), list(prompt), decode, whole=True) for prompt in prompts]
+        if prompt_lengths is None:
+            known = [Prompt(len(prompt), list(prompt), decode, whole=True) for prompt in prompts]
+        else:
+            pieces = zip(prompts, prompt_lengths, strict=True)
+            known = [Prompt(count, list(prompt[:count]), decode) for prompt, count in pieces]
         self._tokens = Tokens([0] * len(prompts), self.lengths, width, known)
         self._edits = steering.edits if steering is not None else ()
         self._outer = surrounding(sites.model)
@@ -215,7 +219,7 @@ class Trace:
     # -- reading ---------------------------------------------------------------------------------------------------
 
     @property
-    def output(self) -> mx.array:
+    def output(self) -> Any:
         """The logits, (batch, tokens, vocabulary), after any softcap."""
         return self.read(self._logits)
 
@@ -239,6 +243,11 @@ class Trace:
             self._given.append(handle)
             _traces[id(handle)] = self
         return self._handles[site]
+
+    def whole(self, site: Site) -> Any:
+        """All that the module at a place gave, where that is more than the activation."""
+        self.read(site)
+        return alias(self._whole[site])
 
     def last(self, key: str) -> mx.array:
         """The activation at each row's last real token, (batch, ...)."""

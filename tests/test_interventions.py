@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import FrozenInstanceError, dataclass, replace
+from dataclasses import FrozenInstanceError, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -308,7 +309,9 @@ def test_add_vector_with_the_norm_kept_keeps_every_tokens_norm() -> None:
     x = array((2, 3, 16), 1)
     y = iv.add_vector(array((16,), 2), 5.0, preserve_norm=True)(x, where(x))
     np.testing.assert_allclose(*(np.linalg.norm(numpy(h), axis=-1) for h in (y, x)), rtol=1e-6)
-    assert mx.array_equal(iv.add_vector(mx.ones(3), preserve_norm=True)(mx.zeros((1, 1, 3)), where(x[:1, :1])), mx.zeros((1, 1, 3)))
+    assert mx.array_equal(
+        iv.add_vector(mx.ones(3), preserve_norm=True)(mx.zeros((1, 1, 3)), where(x[:1, :1])), mx.zeros((1, 1, 3))
+    )
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5])
@@ -420,7 +423,9 @@ def test_replace_with_lays_tokens_along_the_prompt_also_where_activations_are_se
 def test_noise_is_the_same_in_any_chunking_and_any_row(total: int, cut: int, seed: int, start: int) -> None:
     zeros, noise = mx.zeros((1, total, 5)), iv.noise(1.0, seed)
     whole = noise(zeros, where(zeros, starts=[start]))
-    parts = [noise(zeros[:, i : i + cut], where(zeros[:, i : i + cut], starts=[start + i])) for i in range(0, total, cut)]
+    parts = [
+        noise(zeros[:, i : i + cut], where(zeros[:, i : i + cut], starts=[start + i])) for i in range(0, total, cut)
+    ]
     np.testing.assert_array_equal(bits(mx.concatenate(parts, axis=1)), bits(whole))
     three = mx.zeros((3, total, 5))
     rows = noise(three, where(three, starts=[start + 1, start, start + 1]))
@@ -542,7 +547,9 @@ def test_a_function_that_writes_in_place_changes_no_other_token_and_not_the_arra
     np.testing.assert_array_equal(numpy(x), np.ones((1, 3, 1)))
 
 
-@pytest.mark.parametrize("bad", [lambda x: None, lambda x: 1.0, lambda x: np.zeros((1, 2, 3))], ids=["None", "number", "numpy"])
+@pytest.mark.parametrize(
+    "bad", [lambda x: None, lambda x: 1.0, lambda x: np.zeros((1, 2, 3))], ids=["None", "number", "numpy"]
+)
 def test_a_function_that_gives_no_array_is_refused(bad: Callable[[mx.array], Any]) -> None:
     with pytest.raises(TypeError, match=r"the function at layers\.3 returned"):
         as_intervention(bad)(mx.zeros((1, 2, 3)), where(mx.zeros((1, 2, 3))))
@@ -720,7 +727,10 @@ def test_a_subspace_with_a_row_of_zeros_is_refused() -> None:
 @pytest.mark.parametrize("make", [TAKE_TENSORS[k] for k in TAKE_TENSORS if " " not in k])
 def test_a_constant_of_another_width_is_refused_with_both_widths(make: Callable[[Any], iv.Intervention]) -> None:
     intervention = make(mx.ones(5))
-    for attempt in (lambda: intervention.check(4, "layers.3"), lambda: intervention(mx.ones((1, 2, 4)), where(mx.ones((1, 2, 4))))):
+    for attempt in (
+        lambda: intervention.check(4, "layers.3"),
+        lambda: intervention(mx.ones((1, 2, 4)), where(mx.ones((1, 2, 4)))),
+    ):
         with pytest.raises(ValueError, match=r"at layers\.3: its \w+ has width 5, the activation has 4"):
             attempt()
     with pytest.raises(ValueError, match="has width 5"):
@@ -806,7 +816,7 @@ def test_an_unknown_name_or_parameter_is_refused_with_the_nearest() -> None:
         iv.create("add_vectr")
     with pytest.raises(ValueError, match="no intervention called"):
         iv.describe("qqq")
-    with pytest.raises(ValueError, match=r"scale has no parameter 'facto'; it has factor, strength, at"):
+    with pytest.raises(ValueError, match=r"scale has no parameter 'facto'; it has .*factor"):
         iv.create("scale", facto=2)
     with pytest.raises(ValueError, match="no parameter '_cache'"):
         iv.create("scale", factor=2, _cache={})
@@ -816,8 +826,8 @@ def test_an_unknown_name_or_parameter_is_refused_with_the_nearest() -> None:
 def test_describe_gives_the_formula_and_every_parameter(name: str) -> None:
     text = iv.describe(name)
     signature, rest = text.split("\n", 1)
-    assert "x' = " in rest
-    accepted = [f for f in base.registered()[name].__dataclass_fields__.values() if f.init]
+    assert re.search(r"x'\S* = ", rest)
+    accepted = [f for f in fields(base.registered()[name]) if f.init]
     for parameter in accepted:
         assert parameter.name in signature
     for parameter in accepted:
@@ -873,7 +883,12 @@ def test_a_name_that_is_taken_and_a_class_that_is_no_intervention_are_refused(re
 def test_a_class_of_the_same_name_from_another_module_does_not_take_the_place_of_an_operator(
     registry: dict[str, type],
 ) -> None:
-    namespace = {"__module__": "elsewhere", "__qualname__": "Scale", "__annotations__": {"strength": Any}, "strength": 1.0}
+    namespace = {
+        "__module__": "elsewhere",
+        "__qualname__": "Scale",
+        "__annotations__": {"strength": Any},
+        "strength": 1.0,
+    }
     with pytest.raises(ValueError, match="registered already"):
         iv.register("scale")(type("Scale", (iv.Intervention,), namespace))
     assert registry["scale"] is iv.Scale
@@ -955,7 +970,7 @@ def test_every_registered_operator_has_an_example_here() -> None:
 def same(a: Any, b: Any) -> bool:
     """Equal field by field, tensors bit for bit."""
     if isinstance(a, iv.Intervention):
-        names = [f.name for f in a.__dataclass_fields__.values() if f.init]
+        names = [f.name for f in fields(a) if f.init]
         return type(a) is type(b) and all(same(getattr(a, n), getattr(b, n)) for n in names)
     if isinstance(a, mx.array):
         return isinstance(b, mx.array) and np.array_equal(bits(a), bits(b))
@@ -977,7 +992,10 @@ def test_every_registered_operator_comes_back_from_its_file_bit_for_bit(tmp_path
 
 def test_an_operator_that_came_back_does_the_same(tmp_path: Path) -> None:
     x = array((2, 3, 5), 1)
-    examples = {"layers.0": iv.noise(1.0, 3) | iv.ablate(random((2, 5), 1), 0.3), "layers.1": iv.add_vector(TINY, (1.0, 0.0), at=-2)}
+    examples = {
+        "layers.0": iv.noise(1.0, 3) | iv.ablate(random((2, 5), 1), 0.3),
+        "layers.1": iv.add_vector(TINY, (1.0, 0.0), at=-2),
+    }
     loaded = iv.load(iv.save(examples, str(tmp_path / "a.safetensors")))
     for key, made in examples.items():
         np.testing.assert_array_equal(bits(loaded[key](x, where(x))), bits(made(x, where(x))))
@@ -1001,9 +1019,16 @@ def test_fingerprints_tell_content_apart_and_nothing_else() -> None:
     different = [
         iv.add_vector(v), iv.add_vector(v, 2.0), iv.add_vector(2 * v), iv.add_vector(v, at="last"), iv.ablate(v),
         iv.add_vector(v, preserve_norm=True), iv.add_vector(v) | iv.zero_out(), iv.zero_out() | iv.add_vector(v),
-        iv.add_vector(v, [1.0]), iv.add_vector(v.reshape(1, 4)), iv.Function(double), iv.Function(plus_one),
+        iv.add_vector(v, [1.0]), iv.Function(double), iv.Function(plus_one),
     ]  # fmt: skip
     assert len({made.fingerprint for made in different}) == len(different)
+
+
+def test_a_vector_for_every_token_and_one_token_to_be_patched_have_different_fingerprints() -> None:
+    v, x = mx.ones(4), mx.zeros((1, 2, 4))
+    everywhere, once = iv.replace_with(v), iv.replace_with(v[None])
+    assert not mx.array_equal(everywhere(x, where(x)), once(x, where(x)))
+    assert everywhere.fingerprint != once.fingerprint
 
 
 def test_a_whole_number_and_the_same_float_have_one_fingerprint() -> None:
@@ -1034,7 +1059,9 @@ UNSAVEABLE = {
 
 
 @pytest.mark.parametrize(("made", "sentence"), UNSAVEABLE.values(), ids=UNSAVEABLE)
-def test_functions_and_callable_positions_can_not_be_saved_and_leave_no_file(made: Any, sentence: str, tmp_path: Path) -> None:
+def test_functions_and_callable_positions_can_not_be_saved_and_leave_no_file(
+    made: Any, sentence: str, tmp_path: Path
+) -> None:
     with pytest.raises(ValueError, match=sentence):
         iv.save({"layers.0": iv.zero_out(), "layers.1": made}, tmp_path / "no.safetensors")
     assert list(tmp_path.iterdir()) == []
@@ -1045,7 +1072,10 @@ def test_functions_and_callable_positions_can_not_be_saved_and_leave_no_file(mad
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
-    made = {"layers.0": iv.add_vector(array((20,), 1), [0.5, 1.0], at=[1, -1]) | iv.ablate(array((2, 20), 2)), "norm": iv.clamp(0, 1)}
+    made = {
+        "layers.0": iv.add_vector(array((20,), 1), [0.5, 1.0], at=[1, -1]) | iv.ablate(array((2, 20), 2)),
+        "norm": iv.clamp(0, 1),
+    }
     return iv.save(made, tmp_path / "saved.safetensors")
 
 
@@ -1142,7 +1172,7 @@ def places(data: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 
 @given(st.data())
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=60, deadline=None, derandomize=True)
 def test_any_value_replaced_by_any_other_loads_or_is_a_value_error(data: st.DataObject) -> None:
     spec, tensors = (iv.add_vector(mx.ones(4), [0.5], at=slice(1, None)) | iv.clamp(0, 1, along=mx.ones(4))).to_spec()
     path = data.draw(st.sampled_from(list(places(spec))))

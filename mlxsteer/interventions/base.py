@@ -142,11 +142,13 @@ class Intervention:
         touched = where.tokens.touched(self.at, rows)
         if touched is False:
             return x
-        self.check(x.shape[-1], where.key)
+        if ("fits", x.shape[-1]) not in self._cache:
+            self.check(x.shape[-1], where.key)
+            self._cache["fits", x.shape[-1]] = True
         y = self.formula(x, strength, where)
         if y.shape != x.shape:
             raise ValueError(f"{self.name} at {where.key} made shape {y.shape} of {x.shape}: an edit keeps the shape.")
-        return self._select(x, y.astype(x.dtype), touched, where)
+        return self._select(x, y if y.dtype == x.dtype else y.astype(x.dtype), touched, where)
 
     def _select(self, x: mx.array, y: mx.array, touched: bool | mx.array, where: Where) -> mx.array:
         if touched is True:
@@ -196,7 +198,7 @@ class Intervention:
             if f.name not in ("strength", "at", "_cache") and isinstance(value := getattr(self, f.name), mx.array)
         }
 
-    def cast(self, name: str, dtype: mx.Dtype, make: Callable[[], mx.array]) -> mx.array:
+    def cast(self, name: Any, dtype: mx.Dtype, make: Callable[[], mx.array]) -> mx.array:
         """A constant in the activation's dtype, made once for each `name` and dtype, evaluated for every thread."""
         key = (name, dtype)
         found = self._cache.get(key)

@@ -57,7 +57,7 @@ class AddVector(Intervention):
 
     def formula(self, x: mx.array, strength: float | mx.array, where: Where) -> mx.array:
         if isinstance(strength, float):
-            delta = self.cast(f"{strength!r}", x.dtype, lambda: strength * self.vector)
+            delta = self.cast(strength, x.dtype, lambda: strength * self.vector)
         else:
             delta = (strength * self.vector).astype(x.dtype)
         moved = x + delta

@@ -1,0 +1,51 @@
+"""The command line: `mlxsteer demo`, and errors in one sentence."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from mlxsteer.cli.demo import demo
+
+app = typer.Typer(
+    name="mlxsteer",
+    help="Read, steer and measure language models on MLX.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+app.command()(demo)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from mlxsteer import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the whole traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Read, steer and measure language models on MLX."""
+
+
+def main() -> None:
+    """Run the command line; an error is one sentence and exit code 1, Ctrl-C is exit code 130."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        Console(stderr=True).print("[bold]stopped[/]: nothing was left behind.")
+        sys.exit(130)
+    except (ValueError, KeyError, TypeError, OSError, RuntimeError) as error:
+        if "--debug" in sys.argv[1:]:
+            raise
+        Console(stderr=True).print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+        sys.exit(1)

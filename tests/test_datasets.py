@@ -1,0 +1,119 @@
+"""Contrast pairs, their splits, and the sets that come with the package."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+import mlxsteer as ms
+from mlxsteer import ContrastPair
+from mlxsteer.pairs import SPLITS, in_split
+
+SHIPPED = ["certainty", "formality", "sentiment"]
+every_set = pytest.mark.parametrize("name", ms.datasets.available())
+
+
+def test_the_shipped_sets_are_available() -> None:
+    assert set(SHIPPED) <= set(ms.datasets.available())
+    assert ms.datasets.available() == sorted(set(ms.datasets.available()))
+
+
+@every_set
+def test_every_available_set_loads_as_pairs_in_three_splits(name: str) -> None:
+    pairs = ms.datasets.load(name)
+    assert all(isinstance(pair, ContrastPair) and pair.split in SPLITS for pair in pairs)
+    parts = {split: ms.datasets.load(name, split) for split in SPLITS}
+    for split, part in parts.items():
+        assert part == [pair for pair in pairs if pair.split == split]
+        assert len(part) >= 20
+    assert sum(map(len, parts.values())) == len(pairs)
+
+
+@every_set
+def test_no_pair_is_in_a_set_twice_and_no_text_in_two_splits(name: str) -> None:
+    pairs = ms.datasets.load(name)
+    texts = [(pair.prompt, pair.positive, pair.negative) for pair in pairs]
+    assert len(set(texts)) == len(texts)
+    sides = {
+        split: {p.prompt + side for p in ms.datasets.load(name, split) for side in (p.positive, p.negative)}
+        for split in SPLITS
+    }
+    assert not sides["train"] & sides["choose"]
+    assert not (sides["train"] | sides["choose"]) & sides["report"]
+
+
+@every_set
+def test_a_prompt_and_its_completions_make_a_text_without_gaps_or_double_blanks(name: str) -> None:
+    for pair in ms.datasets.load(name):
+        for side in (pair.positive, pair.negative):
+            assert "  " not in pair.prompt + side
+            assert pair.prompt == pair.prompt.rstrip()
+            assert side.startswith(" ")
+            assert side.strip()
+
+
+def test_a_set_is_the_lines_of_its_file(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [
+        {"prompt": "É", "positive": " a", "negative": " b", "split": "train"},
+        {"prompt": "C", "positive": "x", "negative": ""},
+    ]
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "own.jsonl").write_text(
+        "\n\n".join(json.dumps(r, ensure_ascii=False) for r in rows) + "\n", "utf-8"
+    )
+    monkeypatch.setattr(ms.datasets, "_FOLDER", tmp_path)
+    assert ms.datasets.available() == ["deep/own"]
+    assert ms.datasets.load("deep/own") == [ContrastPair(**row) for row in rows]
+    assert ms.datasets.load("deep/own", "train") == [ContrastPair(**rows[0])]
+    with pytest.raises(ValueError, match=r"deep/own has no split 'report'; it has \['none', 'train'\]"):
+        ms.datasets.load("deep/own", "report")
+
+
+def test_an_unknown_set_is_refused_with_the_nearest() -> None:
+    with pytest.raises(ValueError, match=r"no contrast set called 'sentimant'\. Nearest: sentiment\."):
+        ms.datasets.load("sentimant")
+
+
+@pytest.mark.parametrize("name", ["", "zzzz", "../pocket/model/config", "sentiment.jsonl", "Sentiment/", "/etc/hosts"])
+def test_a_name_that_is_no_set_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="no contrast set called .* Nearest:"):
+        ms.datasets.load(name)
+
+
+def test_an_unknown_split_is_refused_with_those_there_are() -> None:
+    with pytest.raises(ValueError, match=r"sentiment has no split 'test'; it has \['choose', 'report', 'train'\]"):
+        ms.datasets.load("sentiment", "test")
+
+
+# -- pairs -------------------------------------------------------------------------------------------------------------
+
+REFUSED: dict[str, tuple[tuple[Any, ...], type[Exception], str]] = {
+    "no text": ((1, "a", "b"), TypeError, "prompt is a text, not int"),
+    "no completion": (("p", None, "b"), TypeError, "positive is a text, not NoneType"),
+    "a list": (("p", "a", ["b"]), TypeError, "negative is a text, not list"),
+    "nothing to read": (("", "", "b"), ValueError, "empty side has nothing to read"),
+    "nothing to read on the other side": (("", "a", ""), ValueError, "empty side has nothing to read"),
+    "no contrast": (("p", "a", "a"), ValueError, "both sides of a contrast pair are 'a'"),
+    "unknown split": (("p", "a", "b", "test"), ValueError, "a split is one of train, choose, report, not 'test'"),
+}
+
+
+@pytest.mark.parametrize(("values", "error", "sentence"), REFUSED.values(), ids=REFUSED)
+def test_what_is_no_contrast_is_refused(values: tuple[Any, ...], error: type[Exception], sentence: str) -> None:
+    with pytest.raises(error, match=sentence):
+        ContrastPair(*values)
+
+
+def test_a_side_may_be_empty_where_there_is_a_prompt() -> None:
+    assert ContrastPair("p", "", "b").positive == ""
+
+
+def test_without_splits_every_split_is_all_pairs_and_with_them_only_its_own() -> None:
+    plain = [ContrastPair("p", "a", "b"), ContrastPair("q", "a", "b")]
+    split = [ContrastPair("p", "a", "b", "train"), ContrastPair("q", "a", "b", "report"), ContrastPair("r", "a", "b")]
+    assert in_split(plain, "train") == in_split(plain, "report") == plain
+    assert in_split(split, "train") == split[:1]
+    with pytest.raises(ValueError, match=r"no pair is in the split 'choose'; there are \['none', 'report', 'train'\]"):
+        in_split(split, "choose")

@@ -1,0 +1,318 @@
+"""Extraction against the plain way: bare mlx-lm, one prompt at a time, a hook written by hand, sums in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from mlxsteer import (
+    ContrastPair,
+    InterpretableModel,
+    PositionError,
+    UnknownKey,
+    after,
+    datasets,
+    extract,
+    mean_activations,
+)
+from mlxsteer import interventions as iv
+from mlxsteer.extraction import _batches
+from mlxsteer.pairs import in_split
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz .,!"
+BOS = 1
+
+
+def tokenizer(*, bos: bool = True) -> PreTrainedTokenizerFast:
+    """One token for each letter, with BOS in front where asked for."""
+    vocabulary = {"<unk>": 0, "<s>": BOS} | {letter: i + 2 for i, letter in enumerate(LETTERS)}
+    made = Tokenizer(models.WordLevel(vocabulary, "<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    if bos:
+        made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
+    special = {"bos_token": "<s>"} if bos else {}
+    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", **special)
+
+
+def ids(text: str, *, bos: bool = True) -> list[int]:
+    return [BOS] * bos + [LETTERS.index(letter) + 2 for letter in text]
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt2", "mamba2"])
+def model(request: pytest.FixtureRequest) -> InterpretableModel:
+    return InterpretableModel(tiny.build(request.param), tokenizer())
+
+
+@pytest.fixture(scope="module")
+def llama() -> InterpretableModel:
+    return InterpretableModel(tiny.build("llama"), tokenizer())
+
+
+# -- the plain way -------------------------------------------------------------------------------------------------------
+
+
+def streams(model: InterpretableModel, tokens: Sequence[int]) -> np.ndarray:
+    """The residual stream after every block, (layers, tokens, D) in float64, of a bare forward of one prompt."""
+    seen: list[mx.array] = []
+
+    def look(h: mx.array) -> mx.array:
+        seen.append(h)
+        return h
+
+    with ExitStack() as stack:
+        for block in model.model.layers:
+            stack.enter_context(tiny.by_hand(block, look))
+        model.model(mx.array([tokens]))
+    return np.stack([np.array(h[0].astype(mx.float32), np.float64) for h in seen])
+
+
+def differences(model: InterpretableModel, pairs: Iterable[ContrastPair]) -> np.ndarray:
+    """(layers, D): the mean difference of the two sides at their last tokens."""
+    found = [
+        streams(model, ids(p.prompt + p.positive))[:, -1] - streams(model, ids(p.prompt + p.negative))[:, -1]
+        for p in pairs
+    ]
+    return np.mean(found, axis=0)
+
+
+PAIRS = [
+    ContrastPair("the food was", " good", " bad"),
+    ContrastPair("i", " like it very much, thanks", " do not"),
+    ContrastPair("", "yes", "a long answer that goes on and on"),
+    ContrastPair("what a day", "!", ""),
+    ContrastPair("rain again and again", " is fine.", " is awful!"),
+]
+
+
+def directions(vector: Any) -> np.ndarray:
+    return np.stack([np.array(vector[layer], np.float64) for layer in vector])
+
+
+def close(found: np.ndarray, expected: np.ndarray, size: float) -> None:
+    """To 10⁻⁵ of the activations' norm."""
+    assert np.linalg.norm(found - expected, axis=-1).max() <= 1e-5 * size
+
+
+# -- extract ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("budget", [1, 30, 64, 4096])
+def test_extract_is_the_plain_loop_whatever_the_batches(model: InterpretableModel, budget: int) -> None:
+    expected = differences(model, PAIRS)
+    vector = extract(model, PAIRS, batch_tokens=budget)
+    assert vector.layers == [0, 1, 2, 3]
+    assert all(vector[layer].dtype == mx.float32 for layer in vector)
+    size = np.linalg.norm(streams(model, ids("the food was good"))[:, -1], axis=-1).min()
+    close(directions(vector), expected, size)
+    assert np.linalg.norm(expected, axis=-1).min() > 1e-2 * size  # there is something to find
+
+
+@given(order=st.permutations(PAIRS), budget=st.integers(1, 200))
+@settings(max_examples=12, deadline=None, derandomize=True)
+def test_extract_does_not_depend_on_the_order_of_the_pairs(
+    llama: InterpretableModel, order: list[ContrastPair], budget: int
+) -> None:
+    first, second = directions(extract(llama, PAIRS)), directions(extract(llama, order, batch_tokens=budget))
+    close(second, first, np.linalg.norm(streams(llama, ids("the food was good"))[:, -1], axis=-1).min())
+
+
+def test_turned_pairs_give_the_turned_vector(llama: InterpretableModel) -> None:
+    turned = [ContrastPair(p.prompt, p.negative, p.positive) for p in PAIRS]
+    np.testing.assert_array_equal(directions(extract(llama, turned)), -directions(extract(llama, PAIRS)))
+
+
+def test_extract_takes_any_iterable_and_leaves_the_model_as_it_was(llama: InterpretableModel) -> None:
+    before, plain = tiny.classes(llama.model), llama.model(mx.array([[1, 2, 3]]))
+    vector = extract(llama, iter(PAIRS))
+    assert tiny.classes(llama.model) == before
+    assert mx.array_equal(llama.model(mx.array([[1, 2, 3]])), plain)
+    np.testing.assert_array_equal(directions(vector), directions(extract(llama, tuple(PAIRS))))
+
+
+def test_extract_uses_the_training_pairs_only(llama: InterpretableModel) -> None:
+    pairs = [
+        ContrastPair(p.prompt, p.positive, p.negative, split)
+        for p, split in zip(PAIRS, ("train", "choose", "train", "report", "choose"), strict=True)
+    ]
+    vector = extract(llama, pairs)
+    np.testing.assert_array_equal(directions(vector), directions(extract(llama, [PAIRS[0], PAIRS[2]])))
+    assert vector.info["pairs"] == 2
+    with pytest.raises(ValueError, match="no pair is in the split 'train'"):
+        extract(llama, [p for p in pairs if p.split != "train"])
+
+
+def test_the_vector_says_where_it_comes_from(llama: InterpretableModel) -> None:
+    expected = {
+        "model": "llama", "architecture": "llama", "hidden_size": 64, "layers": 4, "method": "mean_difference",
+        "read": "last", "pairs": 5,
+    }  # fmt: skip
+    vector = extract(llama, PAIRS)
+    assert {key: vector.info[key] for key in expected} == expected
+    assert vector.site == "layers.{layer}"
+
+
+@pytest.mark.parametrize("budget", [30, 4096])
+def test_residual_norms_are_medians_over_all_real_tokens_but_bos(llama: InterpretableModel, budget: int) -> None:
+    norms = [
+        np.linalg.norm(streams(llama, ids(p.prompt + side))[:, 1:], axis=-1)
+        for p in PAIRS
+        for side in (p.positive, p.negative)
+    ]
+    expected = np.median(np.concatenate(norms, axis=1), axis=1)
+    found = extract(llama, PAIRS, batch_tokens=budget).residual_norms
+    assert list(found) == [0, 1, 2, 3]
+    np.testing.assert_allclose(list(found.values()), expected, rtol=1e-4)
+
+
+def test_progress_counts_every_text_up_to_all_of_them(llama: InterpretableModel) -> None:
+    seen: list[tuple[int, int]] = []
+    extract(llama, PAIRS, batch_tokens=40, progress=lambda done, total: seen.append((done, total)))
+    assert seen[-1] == (10, 10)
+    assert [done for done, _ in seen] == sorted({done for done, _ in seen})
+    assert len(seen) > 1
+
+
+def test_no_pairs_are_refused(llama: InterpretableModel) -> None:
+    with pytest.raises(ValueError, match="no contrast pairs"):
+        extract(llama, [])
+
+
+def test_a_model_without_a_tokenizer_can_not_read_texts(llama: InterpretableModel) -> None:
+    with pytest.raises(ValueError, match="needs a tokenizer"):
+        extract(InterpretableModel(llama.model), PAIRS)
+
+
+def test_extract_on_the_bundled_model_separates_the_pairs_it_was_not_made_from(pocket: InterpretableModel) -> None:
+    pairs = datasets.load("sentiment")
+    vector = extract(pocket, in_split(pairs, "train")[:10])
+    right = []
+    for pair in in_split(pairs, "report")[:5]:
+        with pocket.trace([pair.prompt + pair.positive, pair.prompt + pair.negative]) as trace:
+            pass
+        good, bad = np.array(trace.last("layers.5").astype(mx.float32)) @ np.array(vector[5])
+        right.append(good > bad)
+    assert sum(right) >= 4
+
+
+# -- batches -----------------------------------------------------------------------------------------------------------------
+
+
+@given(lengths=st.lists(st.integers(1, 40), max_size=30), budget=st.integers(1, 120))
+@settings(max_examples=100, deadline=None, derandomize=True)
+def test_batches_hold_every_row_once_within_the_budget(lengths: list[int], budget: int) -> None:
+    batches = list(_batches(lengths, budget))
+    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+    for batch in batches:
+        assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= budget
+
+
+# -- mean activations ----------------------------------------------------------------------------------------------------------
+
+PROMPTS = ["the food was good", "no", "rain again, and again, and again.", "a b", "x"]
+
+
+@pytest.mark.parametrize("budget", [1, 40, 4096])
+@pytest.mark.parametrize("skip_bos", [True, False])
+def test_mean_activations_are_the_plain_loop_without_bos(
+    model: InterpretableModel, budget: int, skip_bos: bool
+) -> None:
+    expected = np.concatenate([streams(model, ids(p))[:, skip_bos:] for p in PROMPTS], axis=1)
+    found = mean_activations(model, PROMPTS, "layers.*", skip_bos=skip_bos, batch_tokens=budget)
+    assert list(found) == [f"layers.{i}" for i in range(4)]
+    assert all(mean.shape == (64,) and mean.dtype == mx.float32 for mean in found.values())
+    means = np.stack([np.array(mean, np.float64) for mean in found.values()])
+    close(means, expected.mean(1), np.linalg.norm(expected, axis=-1).mean())
+    other = np.concatenate([streams(model, ids(p))[:, 1 - skip_bos :] for p in PROMPTS], axis=1).mean(1)
+    assert np.linalg.norm(means - other) > 1e-3  # BOS matters
+
+
+POSITIONS: list[tuple[Any, Any]] = [
+    ("last", lambda n: [n - 1]), (-2, lambda n: [n - 2]), ([1, -1], lambda n: {1, n - 1}), ("first", lambda n: [0]),
+    (slice(1, 3), lambda n: range(1, min(3, n))), (lambda t: [i for i, x in enumerate(t) if x == ids("o")[1]] or [0], None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("at", "chosen"), POSITIONS, ids=[str(at)[:20] for at, _ in POSITIONS])
+def test_mean_activations_take_the_tokens_asked_for(llama: InterpretableModel, at: Any, chosen: Any) -> None:
+    rows = []
+    for prompt in PROMPTS:
+        tokens = ids(prompt)
+        index = sorted(chosen(len(tokens)) if chosen else at(tokens))
+        rows.append(streams(llama, tokens)[:, index])
+    expected = np.concatenate(rows, axis=1).mean(1)
+    found = mean_activations(llama, PROMPTS, ["layers.1", "layers.3"], at=at, skip_bos=False)
+    close(np.stack([np.array(m) for m in found.values()]), expected[[1, 3]], np.linalg.norm(expected, axis=-1).min())
+
+
+def test_bos_is_left_out_only_where_it_stands_first_and_only_if_it_is_there(llama: InterpretableModel) -> None:
+    rows = [[5, BOS, 6], [BOS, 7], [8]]
+    kept = np.concatenate([streams(llama, rows[0]), streams(llama, rows[1])[:, 1:], streams(llama, rows[2])], axis=1)
+    found = mean_activations(llama, rows, "layers.2")["layers.2"]
+    close(np.array(found)[None], kept[2:3].mean(1), np.linalg.norm(kept[2], axis=-1).mean())
+    for plain in (InterpretableModel(llama.model), InterpretableModel(llama.model, tokenizer(bos=False))):
+        whole = np.concatenate([streams(llama, row) for row in rows], axis=1)[2]
+        mean = np.array(mean_activations(plain, rows, "layers.2")["layers.2"])
+        close(mean[None], whole.mean(0)[None], np.linalg.norm(whole, axis=-1).mean())
+
+
+def test_mean_activations_of_any_place_have_its_shape(llama: InterpretableModel) -> None:
+    keys = ["embed", "layers.0.input", "layers.1.mlp", "layers.1.attn.heads", "logits"]
+    found = mean_activations(llama, PROMPTS, keys)
+    assert {key: value.shape for key, value in found.items()} == {
+        "embed": (64,), "layers.0.input": (64,), "layers.1.mlp": (64,), "layers.1.attn.heads": (4, 16), "logits": (96,),
+    }  # fmt: skip
+    rows = [i for p in PROMPTS for i in ids(p)[1:]]
+    embedding = np.array(llama.model.model.embed_tokens.weight, np.float64)[rows].mean(0)
+    np.testing.assert_allclose(np.array(found["embed"]), embedding, atol=1e-6)
+    np.testing.assert_allclose(np.array(found["layers.0.input"]), embedding, atol=1e-6)
+
+
+def test_a_mean_replaces_what_it_is_the_mean_of(llama: InterpretableModel) -> None:
+    mean = mean_activations(llama, PROMPTS, "layers.1.attn.heads")["layers.1.attn.heads"]
+    with llama.trace("no", interventions={"layers.1.attn.heads": iv.mean_replace(mean, at="last")}) as trace:
+        pass
+    assert mx.array_equal(trace.activations["layers.1.attn.heads"][0, -1], mean)
+
+
+def test_keys_are_kept_as_written_and_patterns_give_canonical_ones(llama: InterpretableModel) -> None:
+    found = mean_activations(llama, ["no"], ["model.layers.1", "layers.-1", "layers.1-2.mlp", "layers.*.attn"])
+    patterns = ["layers.1.mlp", "layers.2.mlp", *(f"layers.{i}.self_attn" for i in range(4))]
+    assert list(found) == ["model.layers.1", "layers.-1", *patterns]
+    assert mx.array_equal(found["model.layers.1"], mean_activations(llama, ["no"], "layers.1")["layers.1"])
+
+
+def test_a_range_of_one_layer_gives_its_canonical_key(llama: InterpretableModel) -> None:
+    assert list(mean_activations(llama, ["no"], "layers.1-1")) == ["layers.1"]
+
+
+def test_one_text_is_one_prompt_or_refused_but_not_a_list_of_letters(llama: InterpretableModel) -> None:
+    try:
+        found = mean_activations(llama, "no rain", "layers.1")  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return
+    assert mx.allclose(found["layers.1"], mean_activations(llama, ["no rain"], "layers.1")["layers.1"], atol=1e-6)
+
+
+def test_what_can_not_be_averaged_is_refused(llama: InterpretableModel) -> None:
+    with pytest.raises(UnknownKey, match="no place called 'layers.1.mpl'"):
+        mean_activations(llama, ["no"], ["layers.1", "layers.1.mpl"])
+    with pytest.raises(ValueError, match="the prompt is empty"):
+        mean_activations(llama, [], "layers.1")
+    with pytest.raises(ValueError, match=r"at='first' chooses no token of these prompts"):
+        mean_activations(llama, PROMPTS, "layers.1", at="first")
+    with pytest.raises(ValueError, match="chooses no token"):
+        mean_activations(llama, PROMPTS, "layers.1", at=[])
+    with pytest.raises(PositionError, match="trace"):
+        mean_activations(llama, PROMPTS, "layers.1", at="generated")
+    with pytest.raises(PositionError, match="no such text"):
+        mean_activations(llama, PROMPTS, "layers.1", at=after("q"))

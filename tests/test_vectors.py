@@ -1,0 +1,279 @@
+"""`SteeringVector`: arithmetic as in NumPy, steering at layers, a file that comes back bit for bit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import FrozenInstanceError
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlxsteer import SteeringVector
+from mlxsteer import interventions as iv
+from mlxsteer import vectors as room
+
+INFO = {"model": "pocket", "method": "mean_difference", "pairs": 12, "é": [1.5, None, True, {"a": "b"}]}
+
+
+def random(seed: int = 0, layers: tuple[int, ...] = (0, 3, 11), width: int = 8, **more: Any) -> SteeringVector:
+    drawn = np.random.default_rng(seed).normal(size=(len(layers), width))
+    return SteeringVector({layer: mx.array(row) for layer, row in zip(layers, drawn, strict=True)}, **more)
+
+
+def numpy(vector: SteeringVector) -> np.ndarray:
+    """(layers, width) in float64."""
+    return np.stack([np.array(vector[layer], np.float64) for layer in vector.layers])
+
+
+# -- what it is --------------------------------------------------------------------------------------------------------
+
+
+def test_a_vector_is_its_directions_by_layer_in_order() -> None:
+    v = SteeringVector({11: [1.0, 2], 2: mx.array([3, 4], mx.bfloat16), 5: np.array([5.0, 6.0])})  # type: ignore[dict-item]
+    assert v.layers == list(v) == [2, 5, 11]
+    assert (len(v), v.width) == (3, 2)
+    assert v[5].tolist() == [5.0, 6.0]
+    assert all(v[layer].dtype == mx.float32 for layer in v)
+    assert 5 in v
+    assert 3 not in v
+    assert repr(v) == "SteeringVector(3 layers, 2 to 11, of width 2)"
+    assert repr(random(info={"model": "pocket"})).endswith("of width 8 from pocket)")
+
+
+def test_a_vector_can_not_be_changed_and_keeps_its_values_when_the_array_it_was_given_changes() -> None:
+    given_array = mx.ones(3)
+    v = SteeringVector({0: given_array})
+    with pytest.raises(FrozenInstanceError):
+        v.site = "layers.{layer}.mlp"  # type: ignore[misc]
+    given_array += 5
+    assert v[0].tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("layer", [1, -1, 99])
+def test_a_layer_without_a_direction_is_refused_with_those_there_are(layer: int) -> None:
+    for attempt in (lambda: random()[layer], lambda: random().at(layer), lambda: random().at([0, layer])):
+        with pytest.raises(KeyError, match=rf"no direction for layer {layer}; it has \[0, 3, 11\]"):
+            attempt()
+
+
+REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
+    "no layer": (lambda: SteeringVector({}), "at least one layer"),
+    "nan": (
+        lambda: SteeringVector({0: mx.ones(3), 4: mx.array([1, float("nan")])}),
+        "direction of layer 4 holds 1 NaN",
+    ),
+    "inf": (lambda: SteeringVector({4: mx.array([1, float("inf")])}), "direction of layer 4 holds 1 NaN or infinite"),
+    "empty": (lambda: SteeringVector({0: mx.zeros(0)}), "direction of layer 0 is a tensor"),
+    "two widths": (lambda: SteeringVector({0: mx.ones(3), 1: mx.ones(4)}), r"shapes \[\(3,\), \(4,\)\]"),
+    "matrices": (lambda: SteeringVector({0: mx.ones((2, 3))}), r"all are \(D,\)"),
+    "a site without a layer": (lambda: SteeringVector({0: mx.ones(3)}, "layers.5"), "key with {layer} in it"),
+    "divided by zero": (lambda: random() / 0, "NaN or infinite"),
+    "times nan": (lambda: random() * float("nan"), "NaN or infinite"),
+    "a zero normalized": (lambda: (random() * 0).normalized(), "direction of layer 0"),
+}
+
+
+@pytest.mark.parametrize(("make", "sentence"), REFUSED.values(), ids=REFUSED)
+def test_what_is_no_vector_is_refused(make: Callable[[], Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        make()
+
+
+# -- arithmetic --------------------------------------------------------------------------------------------------------
+
+factors = st.floats(-100, 100, width=32)
+
+
+@given(
+    seeds=st.tuples(st.integers(0, 99), st.integers(100, 199)),
+    factor=factors,
+    divisor=factors.filter(lambda f: abs(f) > 1e-3),
+)
+@settings(max_examples=40, deadline=None, derandomize=True)
+def test_arithmetic_is_that_of_the_directions(seeds: tuple[int, int], factor: float, divisor: float) -> None:
+    a, b = random(seeds[0]), random(seeds[1])
+    x, y = numpy(a), numpy(b)
+    results = {
+        "+": (a + b, x + y), "-": (a - b, x - y), "*": (a * factor, x * factor), "r*": (factor * a, x * factor),
+        "/": (a / divisor, x / divisor), "neg": (-a, -x),
+        "normalized": (a.normalized(), x / np.linalg.norm(x, axis=1, keepdims=True)),
+        "all": (2 * (a - b) / divisor + -a, 2 * (x - y) / divisor - x),
+    }  # fmt: skip
+    for label, (result, expected) in results.items():
+        np.testing.assert_allclose(
+            numpy(result), expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max(), err_msg=label
+        )
+        assert result.layers == a.layers
+    cosines = (x * y).sum(1) / np.linalg.norm(x, axis=1) / np.linalg.norm(y, axis=1)
+    assert a.cosine(b) == pytest.approx(dict(zip(a.layers, cosines, strict=True)), abs=1e-6)
+
+
+def test_exact_identities() -> None:
+    a, b = random(1), random(2)
+    for left, right in [(a + b, b + a), (2 * a, a + a), (a * 2, 2 * a), (-(-a), a), (a - b, a + -b), (a * 4 / 4, a)]:
+        np.testing.assert_array_equal(numpy(left), numpy(right))
+    assert a.cosine(-a) == pytest.approx(dict.fromkeys(a.layers, -1.0), abs=1e-6)
+
+
+def test_arithmetic_keeps_the_site_the_norms_and_the_origin_and_leaves_the_operands() -> None:
+    a = random(1, site="layers.{layer}.mlp", residual_norms={3: 2.5}, info=INFO)
+    b, before = random(2, site="layers.{layer}.mlp"), numpy(a)
+    for result in (a + b, a - b, 2 * a, a / 2, -a, a.normalized()):
+        assert (result.site, result.residual_norms, result.info) == (a.site, a.residual_norms, a.info)
+    np.testing.assert_array_equal(numpy(a), before)
+
+
+@pytest.mark.parametrize("factor", [np.float64(2), np.float32(2), np.int64(2)], ids=["float64", "float32", "int64"])
+def test_a_numpy_number_is_a_factor_from_either_side(factor: Any) -> None:
+    a = random(1)
+    for result in (a * factor, factor * a, a / (1 / factor)):
+        assert isinstance(result, SteeringVector)
+        np.testing.assert_allclose(numpy(result), 2 * numpy(a), rtol=1e-6)
+
+
+MISFITS = {
+    "layers": random(layers=(0, 3)),
+    "width": random(width=9),
+    "site": random(site="layers.{layer}.mlp"),
+}
+
+
+@pytest.mark.parametrize("other", MISFITS.values(), ids=MISFITS)
+def test_vectors_that_do_not_fit_together_are_refused(other: SteeringVector) -> None:
+    for attempt in (lambda: random() + other, lambda: random() - other, lambda: random().cosine(other)):
+        with pytest.raises(ValueError, match="don't fit together"):
+            attempt()
+
+
+def test_other_things_can_not_be_added_to_a_vector() -> None:
+    for attempt in (lambda: random() + 1, lambda: random() - "a", lambda: 1 - random()):  # type: ignore[operator]
+        with pytest.raises(TypeError, match="unsupported operand"):
+            attempt()
+
+
+# -- steering ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("layers", "strengths"),
+    [
+        (3, {3: 2.0}), ([0, 11], {0: 2.0, 11: 2.0}), ((11, 0), {11: 2.0, 0: 2.0}), (range(0, 12, 11), {0: 2.0, 11: 2.0}),
+        ({0: 0.5, 3: -1.0}, {0: 1.0, 3: -2.0}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_at_gives_a_key_dict_that_adds_the_directions(layers: Any, strengths: dict[int, float]) -> None:
+    v = random()
+    made = v.at(layers, strength=2.0, at="last")
+    assert list(made) == [f"layers.{layer}" for layer in strengths]
+    for layer, strength in strengths.items():
+        expected = iv.add_vector(v[layer], strength, at="last")
+        assert made[f"layers.{layer}"].fingerprint == expected.fingerprint
+
+
+def test_at_adds_once_to_every_token_unless_told_otherwise() -> None:
+    v = random(site="layers.{layer}.attn.heads")
+    assert v.at(3)["layers.3.attn.heads"].fingerprint == iv.add_vector(v[3]).fingerprint
+
+
+def test_at_takes_the_layer_that_numpy_found() -> None:
+    best = np.argmax([0.1, 0.2, 0.1, 0.9])
+    assert list(random().at(best)) == ["layers.3"]
+
+
+# -- files ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_vector_comes_back_bit_for_bit(tmp_path: Path) -> None:
+    odd = [1e-45, -0.0, 1.1754944e-38, 3.4028235e38, np.pi]
+    directions = {2: mx.array(odd), 10: mx.array(odd[::-1]), 1: mx.ones(5)}
+    v = SteeringVector(directions, "layers.{layer}.mlp", {1: 0.1, 10: 1 / 3}, INFO)
+    for path in (tmp_path / "v.safetensors", str(tmp_path / "w.safetensors")):
+        assert v.save(path) == Path(path)
+        loaded = SteeringVector.load(path)
+        assert loaded.layers == [1, 2, 10]
+        for layer in v:
+            np.testing.assert_array_equal(np.array(loaded[layer]).view(np.uint32), np.array(v[layer]).view(np.uint32))
+        assert (loaded.site, loaded.residual_norms, loaded.info) == (v.site, v.residual_norms, v.info)
+
+
+def test_the_file_is_plain_safetensors_with_one_tensor_for_each_layer(tmp_path: Path) -> None:
+    v = random()
+    loaded: Any = mx.load(str(v.save(tmp_path / "v.safetensors")), return_metadata=True)
+    tensors, metadata = loaded
+    assert set(tensors) == {"layers.0", "layers.3", "layers.11"}
+    assert mx.array_equal(tensors["layers.3"], v[3])
+    assert json.loads(metadata["mlxsteer.vector"])["version"] == 1
+
+
+def test_other_suffixes_missing_folders_and_missing_files_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"saved as a \.safetensors"):
+        random().save(tmp_path / "v.npz")
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        random().save(tmp_path / "none" / "v.safetensors")
+    with pytest.raises(FileNotFoundError, match="there is no file"):
+        SteeringVector.load(tmp_path / "none.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_origin_that_is_no_data_leaves_no_file(tmp_path: Path) -> None:
+    with pytest.raises(TypeError):
+        random(info={"model": object()}).save(tmp_path / "v.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_truncation_of_a_file_is_one_clear_error(tmp_path: Path) -> None:
+    path = random().save(tmp_path / "v.safetensors")
+    whole = path.read_bytes()
+    for length in [*range(0, 16), *range(16, len(whole), 23), len(whole) - 1]:
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match="is no complete safetensors file"):
+            SteeringVector.load(path)
+
+
+DAMAGE: dict[str, tuple[dict[str, Any], Callable[[Any], Any]]] = {
+    "no json": ({"layers.0": mx.ones(3)}, lambda d: "{"),
+    "a list": ({"layers.0": mx.ones(3)}, lambda d: []),
+    "no version": ({"layers.0": mx.ones(3)}, lambda d: {k: v for k, v in d.items() if k != "version"}),
+    "no site": ({"layers.0": mx.ones(3)}, lambda d: {k: v for k, v in d.items() if k != "site"}),
+    "no info": ({"layers.0": mx.ones(3)}, lambda d: {k: v for k, v in d.items() if k != "info"}),
+    "a site without a layer": ({"layers.0": mx.ones(3)}, lambda d: d | {"site": "layers.0"}),
+    "a site that is no text": ({"layers.0": mx.ones(3)}, lambda d: d | {"site": 3}),
+    "norms as a list": ({"layers.0": mx.ones(3)}, lambda d: d | {"residual_norms": [1.0]}),
+    "norms of no layer": ({"layers.0": mx.ones(3)}, lambda d: d | {"residual_norms": {"a": 1.0}}),
+    "other tensors": ({"weight": mx.ones(3)}, lambda d: d),
+    "two widths": ({"layers.0": mx.ones(3), "layers.1": mx.ones(4)}, lambda d: d),
+    "a nan": ({"layers.0": mx.array([float("nan")])}, lambda d: d),
+}
+
+
+@pytest.mark.parametrize(("tensors", "change"), DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_file_is_one_clear_error_that_names_it(
+    tensors: dict[str, Any], change: Callable[[Any], Any], tmp_path: Path
+) -> None:
+    path = tmp_path / "broken.safetensors"
+    data = change({"version": 1, "site": "layers.{layer}", "residual_norms": {}, "info": {}})
+    text = data if isinstance(data, str) else json.dumps(data)
+    mx.save_safetensors(str(path), tensors, {room.FORMAT: text})
+    with pytest.raises(ValueError, match=r"broken\.safetensors.*damaged"):
+        SteeringVector.load(path)
+
+
+def test_foreign_files_and_later_versions_say_what_they_are(tmp_path: Path) -> None:
+    path = iv.save({"layers.0": iv.zero_out()}, tmp_path / "iv.safetensors")
+    with pytest.raises(
+        ValueError, match=r"holds no mlxsteer\.vector: its metadata names \['mlxsteer\.interventions'\]"
+    ):
+        SteeringVector.load(path)
+    mx.save_safetensors(str(path), {"layers.0": mx.ones(3)})
+    with pytest.raises(ValueError, match="holds no mlxsteer.vector"):
+        SteeringVector.load(path)
+    mx.save_safetensors(str(path), {"layers.0": mx.ones(3)}, {room.FORMAT: json.dumps({"version": 7})})
+    with pytest.raises(ValueError, match=r"version 7; this mlxsteer reads up to 1"):
+        SteeringVector.load(path)
