@@ -117,7 +117,7 @@ def measure(model: InterpretableModel, tokens: int, repeats: int) -> list[dict[s
         rows.append(ratio("stage a forward, a vector added at every block", paired(plain, stage, many)))
         plain = _paused(model, forward)
         rows.append(ratio("forward, a vector added at every block", paired(plain, forward, repeats)))
-    rows.append(ratio("stage, open and close a trace", paired(stage, open_and_close, many)))
+    rows.append(ratio("open and close a trace", paired(stage, open_and_close, many)))
     rows.append(ratio("read layer ⌊0.4 L⌋", paired(forward, trace_and_read, repeats)))
     rows.append(ratio("trace, logits evaluated", paired(forward, trace_and_logits, repeats)))
     rows.append(memory(model, prompt))

@@ -32,6 +32,10 @@ class NeverFired(RuntimeError):
     """A planned place whose module never ran: what was asked for was not done."""
 
 
+class Stopped(Exception):
+    """A forward was ended on purpose, behind the last place that its plan wants to see."""
+
+
 _MISSING = object()
 _Edit: TypeAlias = tuple[Site, Intervention, "Steering | None"]
 
@@ -65,6 +69,7 @@ class Plan:
         steerings: what rows may carry while this plan is active.
         adopt: rows that carry nothing yet are given `steerings`.
         prompts: makes what is known of the prompt of a row that adopts them, from the tokens seen before it.
+        stop: end the forward behind this place, raising `Stopped`; for whoever asks for nothing behind it.
         keep: called after each forward with its captures, in place of leaving them in `captured`.
     """
 
@@ -77,6 +82,7 @@ class Plan:
     adopt: bool = False
     prompts: Callable[[int], Prompt] | None = None
     keep: Callable[[dict[Site, Any]], None] | None = None
+    stop: Site | None = None
 
     captured: dict[Site, Any] = field(default_factory=dict, init=False)
     """Site → value (a module's whole output, or an input) of the last forward, in firing order."""
@@ -378,6 +384,8 @@ class Forward:
         count, width = inputs.shape[:2]
         for plan in self.plans:
             plan.captured.clear()
+            plan.forwards += 1
+            plan.calls = self.calls
         with ExitStack() as stack:
             state = self._locate(inputs, cache, count, width)
             stack.enter_context(opened(carrier(cache)) if state is not None else nullcontext())
@@ -387,8 +395,6 @@ class Forward:
         if state is not None:
             state.end(width)
         for plan in self.plans:
-            plan.forwards += 1
-            plan.calls = self.calls
             if plan.keep is not None:
                 captured, plan.captured = plan.captured, {}
                 plan.keep(captured)
@@ -474,6 +480,8 @@ class Forward:
             for site in hook.output_captures:
                 if site.call is None or site.call == number:
                     plan.captured[site] = alias(output)
+            if plan.stop is not None and plan.stop.module is module:
+                raise Stopped
         return output
 
     def _input(

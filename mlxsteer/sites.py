@@ -103,6 +103,8 @@ class SiteMap:
         self.trunk = self._module_at(parent_path)
         """The module that holds the blocks, the embedding and the final norm."""
         self._trunk_path = parent_path
+        self.segments: dict[str, int] = {}
+        """How many blocks run before a place outside them, by key; filled in as traces find out."""
 
     # -- structure -----------------------------------------------------------------------------------------------
 

@@ -9,13 +9,24 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from contextvars import ContextVar
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from mlxsteer.hooks import NeverFired, Plan, activation, alias, attached, detached, surrounding, with_activation
+from mlxsteer.hooks import (
+    NeverFired,
+    Plan,
+    Stopped,
+    activation,
+    alias,
+    attached,
+    detached,
+    surrounding,
+    with_activation,
+)
 from mlxsteer.interventions.base import Function
 from mlxsteer.positions import Position, Prompt, Tokens
 from mlxsteer.sites import Site, SiteMap, UnknownKey
@@ -191,7 +202,6 @@ class Trace:
         self._tokens = Tokens([0] * len(prompts), self.lengths, width, known)
         self._edits = steering.edits if steering is not None else ()
         self._outer = surrounding(sites.model)
-        self._segments: dict[Site, int] = {}
         self._blocks = [sites.resolve(f"layers.{i}") for i in range(len(sites.blocks))]
         self._logits = sites.resolve("logits")
         self._whole: dict[Site, Any] = {}  # site → what its module gave, for blocks, logits and places read
@@ -203,7 +213,8 @@ class Trace:
     # -- the block -------------------------------------------------------------------------------------------------
 
     def __enter__(self) -> Trace:
-        self._stage([], 0, first=True)
+        if self._edits or self._outer:  # refuse at once what doesn't fit or never runs
+            self._stage([self._logits], first=True)
         _open.set((*_open.get(), self))
         return self
 
@@ -234,7 +245,7 @@ class Trace:
             NeverFired: the place's module doesn't run in this model's forward.
         """
         if site not in self._whole:
-            self._stage([site], self._segment(site))
+            self._stage([site])
         if self.closed:
             handle = self._handles.get(site)
             return alias(handle if handle is not None else activation(self._whole[site], site))
@@ -300,20 +311,18 @@ class Trace:
                 )
 
     def written(self, handle: Activation) -> None:
-        """An activation was written to: stage what comes after it again."""
+        """An activation was written to: what comes after it is staged again when somebody looks."""
         site = next(s for s, h in self._handles.items() if h is handle)
         self._whole[site] = with_activation(self._whole[site], alias(handle))
-        if site == self._logits:
-            return
         self._pins[site] = alias(handle)
         for other in list(self._handles):
             if other != site and self._before(site, other):
                 del self._handles[other]  # what was handed out keeps its value; the next read gives the new one
                 del self._whole[other]
-        start = self._segment(site) + (site in self._blocks)
-        for block in [*self._blocks[start:], self._logits]:
-            self._whole.pop(block, None)
-        self._stage([], start)
+        if site != self._logits:
+            start = self._segment(site) + (site in self._blocks)
+            for block in [*self._blocks[start:], self._logits]:
+                self._whole.pop(block, None)
 
     # -- order -------------------------------------------------------------------------------------------------------
 
@@ -330,12 +339,13 @@ class Trace:
             return site.layer
         if site == self._logits or site.key.startswith("norm"):
             return len(self._blocks)
-        if site not in self._segments:
+        segments = self.sites.segments
+        if site.key not in segments:
             plan = self._dry([*self._blocks, site])
             plan.check_fired()
             order = list(plan.captured)
-            self._segments[site] = sum(block in self._blocks for block in order[: order.index(site)])
-        return self._segments[site]
+            segments[site.key] = sum(block in self._blocks for block in order[: order.index(site)])
+        return segments[site.key]
 
     def _before(self, first: Site, second: Site) -> bool:
         """Whether one place lies before another in the forward."""
@@ -347,11 +357,33 @@ class Trace:
 
     # -- staging -----------------------------------------------------------------------------------------------------
 
-    def _plan(self, capture: Sequence[Site], start: int) -> Plan:
-        """A plan that runs the blocks from `start` on, replaying those before, with every edit in force."""
+    def _stage(self, capture: Sequence[Site], *, first: bool = False) -> None:
+        """Stage the forward as far as these places. What is known is replayed, what was handed out stays."""
+        known = next((i for i, block in enumerate(self._blocks) if block not in self._whole), len(self._blocks))
+        segments = [self._segment(site) for site in capture]
+        start, end = min([known, *segments]), max(segments)
+        # Reading alone needs no block behind the last place read; edits and surrounding contexts must see them all.
+        early = end < len(self._blocks) - 1 and self.sites.family.replay and not (self._edits or self._outer)
+        wanted = [*self._blocks[start : end + 1 if early else None], *capture, *([] if early else [self._logits])]
+        plan = self._plan(list(dict.fromkeys(wanted)), start, end if early else len(self._blocks))
+        plan.stop = self._blocks[end] if early else None
+        outer = self._outer if first else [p for p in self._outer if p.keep is None]
+        with detached(), attached(*outer, plan), suppress(Stopped):
+            self.sites.model(self.tokens)
+        plan.check_fired()
+        # Where something downstream was handed out already, it may have been computed: the staged values behind it
+        # are worth more than these. Where nothing was, take these, so that the place just read is not run twice.
+        fresh = not any(self._segment(site) >= start for site in self._handles)
+        for site, value in plan.captured.items():
+            if site not in self._whole or site in capture or fresh:
+                self._whole[site] = value
+
+    def _plan(self, capture: Sequence[Site], start: int, end: int) -> Plan:
+        """A plan that runs the blocks from `start` to `end`, replaying those before, with every edit in force."""
         replayable = self.sites.family.replay
         replay = {block: self._whole[block] for block in self._blocks[:start]} if replayable else {}
-        ahead = [site for site in self._pins if not replay or self._segment(site) >= start]
+        edited = [site for site in self._pins if site != self._logits and self._segment(site) <= end]
+        ahead = [site for site in edited if not replay or self._segment(site) >= start]
         for site in ahead:
             looked_into = any(inner.key.startswith(f"{site.key}.") for inner in capture)
             if replayable and site.port == "output" and not looked_into:
@@ -363,20 +395,6 @@ class Trace:
             if site not in replay and (site.layer is None or self._blocks[site.layer] not in replay)
         ]
         return Plan(self.sites, capture, [*edits, *pins], replay, self._tokens)
-
-    def _stage(self, capture: Sequence[Site], start: int, *, first: bool = False) -> None:
-        """Stage the forward from block `start` on. What is replayed isn't run, what was handed out stays."""
-        plan = self._plan(list(dict.fromkeys([*self._blocks[start:], *capture, self._logits])), start)
-        outer = self._outer if first else [p for p in self._outer if p.keep is None]
-        with detached(), attached(*outer, plan):
-            self.sites.model(self.tokens)
-        plan.check_fired()
-        # Where something downstream was handed out already, it may have been computed: the staged values behind it
-        # are worth more than these. Where nothing was, take these, so that the place just read is not run twice.
-        fresh = not any(self._segment(site) >= start for site in self._handles)
-        for site, value in plan.captured.items():
-            if site not in self._whole or site in capture or fresh:
-                self._whole[site] = value
 
 
 def _constant(value: mx.array) -> Callable[[mx.array], mx.array]:

@@ -87,7 +87,7 @@ def test_an_unknown_split_is_refused_with_those_there_are() -> None:
         ms.datasets.load("sentiment", "test")
 
 
-# -- pairs -------------------------------------------------------------------------------------------------------------
+# -- pairs -----------------------------------------------------------------------------------------------------------
 
 REFUSED: dict[str, tuple[tuple[Any, ...], type[Exception], str]] = {
     "no text": ((1, "a", "b"), TypeError, "prompt is a text, not int"),

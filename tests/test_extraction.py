@@ -58,7 +58,7 @@ def llama() -> InterpretableModel:
     return InterpretableModel(tiny.build("llama"), tokenizer())
 
 
-# -- the plain way -------------------------------------------------------------------------------------------------------
+# -- the plain way ---------------------------------------------------------------------------------------------------
 
 
 def streams(model: InterpretableModel, tokens: Sequence[int]) -> np.ndarray:
@@ -103,7 +103,7 @@ def close(found: np.ndarray, expected: np.ndarray, size: float) -> None:
     assert np.linalg.norm(found - expected, axis=-1).max() <= 1e-5 * size
 
 
-# -- extract ---------------------------------------------------------------------------------------------------------------
+# -- extract ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("budget", [1, 30, 64, 4096])
@@ -204,7 +204,7 @@ def test_extract_on_the_bundled_model_separates_the_pairs_it_was_not_made_from(p
     assert sum(right) >= 4
 
 
-# -- batches -----------------------------------------------------------------------------------------------------------------
+# -- batches ---------------------------------------------------------------------------------------------------------
 
 
 @given(lengths=st.lists(st.integers(1, 40), max_size=30), budget=st.integers(1, 120))
@@ -216,7 +216,7 @@ def test_batches_hold_every_row_once_within_the_budget(lengths: list[int], budge
         assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= budget
 
 
-# -- mean activations ----------------------------------------------------------------------------------------------------------
+# -- mean activations ------------------------------------------------------------------------------------------------
 
 PROMPTS = ["the food was good", "no", "rain again, and again, and again.", "a b", "x"]
 

@@ -1,4 +1,4 @@
-"""Every operator against its NumPy formula in float64, the law of strength, the registry, and the file of interventions."""
+"""Every operator against its NumPy formula in float64, the law of strength, the registry, and files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which tokens are touched: every form of `at=`, in any chunking and padding, against sets computed over whole sequences."""
+"""Which tokens are touched: every form of `at=`, in any chunking and padding, against whole sequences."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def text_bytes(ids: Sequence[int]) -> str:
     return bytes(ids).decode("utf-8", errors="replace")
 
 
-# -- the reference: one row, the whole sequence at once ----------------------------------------------------------------
+# -- the reference: one row, the whole sequence at once --------------------------------------------------------------
 
 
 def naive(at: Any, prompt: Sequence[int], total: int) -> set[int]:
@@ -67,7 +67,7 @@ class Choose:
         return [i - self.backwards * len(ids) for i, token in enumerate(ids) if token == self.token]
 
 
-# -- random prompts, positions and chunkings -----------------------------------------------------------------------------
+# -- random prompts, positions and chunkings -------------------------------------------------------------------------
 
 prompts = st.lists(st.integers(0, 2), min_size=1, max_size=9)
 
@@ -157,7 +157,7 @@ def test_a_position_is_written_as_it_was_read(data: st.DataObject) -> None:
     assert hash(Position.of(position.written())) == hash(position)
 
 
-# -- what each form means, spelled out ----------------------------------------------------------------------------------
+# -- what each form means, spelled out -------------------------------------------------------------------------------
 
 MEANINGS: list[tuple[Any, list[int]]] = [
     # a prompt of 6 tokens, b a b c a b, and 3 generated ones
@@ -221,7 +221,7 @@ def test_a_prompt_that_grows_is_looked_at_again() -> None:
     assert known.ranges(Position.of("last"))[0].start == 1
 
 
-# -- refusals ------------------------------------------------------------------------------------------------------------
+# -- refusals --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -303,7 +303,7 @@ def test_after_what_is_not_there_or_can_not_be_looked_for_is_refused() -> None:
         Prompt(3).ranges(Position.of(after("b")))
 
 
-# -- masks ---------------------------------------------------------------------------------------------------------------
+# -- masks -----------------------------------------------------------------------------------------------------------
 
 
 def test_a_mask_is_made_once_for_each_position() -> None:

@@ -70,7 +70,7 @@ def test_every_family_has_its_structure_written_here() -> None:
     assert list(STRUCTURE) == tiny.FAMILIES
 
 
-# -- names of modules ----------------------------------------------------------------------------------------------------
+# -- names of modules ------------------------------------------------------------------------------------------------
 
 
 @every_family
@@ -171,7 +171,7 @@ def test_keys_come_in_the_order_of_the_layers_also_past_ten() -> None:
     assert [s.key for s in names.expand("layers.8-11")] == [f"layers.{i}" for i in range(8, 12)]
 
 
-# -- globs and ranges ------------------------------------------------------------------------------------------------------
+# -- globs and ranges ------------------------------------------------------------------------------------------------
 
 PATTERNS: dict[str, list[str]] = {
     "layers.*": [f"layers.{i}" for i in range(4)],
@@ -228,7 +228,7 @@ def test_a_range_past_the_last_layer_or_backwards_is_refused(pattern: str) -> No
         sites("llama").expand(pattern)
 
 
-# -- unknown keys ------------------------------------------------------------------------------------------------------------
+# -- unknown keys ----------------------------------------------------------------------------------------------------
 
 
 def nearest(message: str) -> list[str]:
@@ -309,7 +309,7 @@ def test_an_unknown_key_is_a_key_error_that_reads_well() -> None:
     assert str(caught.value).startswith("'layers.9': this model has")
 
 
-# -- heads ---------------------------------------------------------------------------------------------------------------------
+# -- heads -----------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -395,7 +395,7 @@ def test_a_call_of_the_heads_that_never_happens_is_not_the_only_one() -> None:
         pass
 
 
-# -- widths ------------------------------------------------------------------------------------------------------------------
+# -- widths ----------------------------------------------------------------------------------------------------------
 
 
 @every_family
@@ -467,7 +467,7 @@ def test_a_vector_of_another_width_is_refused_before_anything_runs(key: str, mon
         model.trace([1, 2], interventions={key: iv.add_vector(mx.ones(63))})
 
 
-# -- models that can't be hooked -----------------------------------------------------------------------------------------------
+# -- models that can't be hooked -------------------------------------------------------------------------------------
 
 
 class Blocks(nn.Module):

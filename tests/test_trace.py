@@ -91,7 +91,8 @@ def test_an_input_is_what_enters_the_module(model: InterpretableModel) -> None:
 
 def test_reading_a_place_runs_no_block_but_its_own(llama: InterpretableModel) -> None:
     with llama.trace(PROMPT) as trace:
-        pass
+        assert calls_of(llama, lambda: trace.activations["layers.1"]) == [0, 1]
+        assert calls_of(llama, lambda: trace.output) == [2, 3]
     assert calls_of(llama, lambda: trace.activations["layers.3.mlp"]) == [3]
     assert calls_of(llama, lambda: trace.activations["layers.2"]) == []
     assert calls_of(llama, lambda: trace.activations["norm"]) == []
@@ -301,11 +302,16 @@ def test_any_sequence_of_inline_edits_is_the_same_functions_as_interventions(dat
 
 
 def test_an_edit_runs_only_what_comes_after_it(llama: InterpretableModel) -> None:
-    def body() -> None:
+    def edit() -> None:
         llama.layers[2].output[:, -1] += V
 
-    with llama.trace(PROMPT):
-        assert calls_of(llama, body) == [3]
+    with llama.trace(PROMPT) as trace:
+        mx.eval(trace.output)
+        assert calls_of(llama, edit) == []
+        assert calls_of(llama, lambda: trace.output) == [3]
+    with llama.trace(PROMPT) as trace:
+        assert calls_of(llama, edit) == [0, 1, 2]
+        assert calls_of(llama, lambda: trace.output) == [3]
 
 
 def test_a_value_read_before_an_edit_stays_what_it_was(llama: InterpretableModel) -> None:
