@@ -146,7 +146,7 @@ def test_a_stream_is_generate(llama: InterpretableModel) -> None:
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3_text", "gpt2", "mamba2", "gemma2"])
 def test_rows_of_a_batch_keep_their_own_steering_as_they_join_and_leave(name: str, tokenizer: TokenizerWrapper) -> None:
     model = InterpretableModel(tiny.build(name), tokenizer)
-    prompts = [PROMPT[:5], PROMPT * 3, [9], PROMPT[2:], PROMPT + [40, 41, 42], [55, 66]]
+    prompts = [PROMPT[:5], PROMPT * 3, [9], PROMPT[2:], [*PROMPT, 40, 41, 42], [55, 66]]
     ats: list[Any] = ["last", "generated", "all", None, -1, "prompt"]
     limits = [5, 9, 3, 7, 12, 6]
     steers = [None if at is None else {f"layers.{LAYER}": iv.add_vector(vector(i), at=at)} for i, at in enumerate(ats)]

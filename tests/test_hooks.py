@@ -293,7 +293,7 @@ def test_a_copy_made_in_an_open_context_is_clean(model: InterpretableModel) -> N
 
 
 def test_a_model_compiled_beforehand_is_noticed(model: InterpretableModel) -> None:
-    compiled = mx.compile(lambda tokens: model.model(tokens))
+    compiled = mx.compile(lambda tokens: 1.0 * model.model(tokens))
     mx.eval(compiled(TOKENS))
     with pytest.raises(NeverFired, match="compiled"), model.steer(steer()):
         compiled(TOKENS)
@@ -306,7 +306,7 @@ def test_a_steering_under_which_nothing_ran_is_an_error(model: InterpretableMode
         pass
 
 
-# -- persistent edits ----------------------------------------------------------------------------------------------------
+# -- persistent edits ---------------------------------------------------------------------------------------------------
 
 
 def test_an_edited_model_shares_all_weights_and_leaves_the_original_alone(model: InterpretableModel) -> None:

@@ -18,6 +18,7 @@ from tiny import by_hand
 
 from mlxsteer import InterpretableModel, LostWrite, NeverFired, PositionError, UnknownKey
 from mlxsteer import interventions as iv
+from mlxsteer.places import Place
 
 PROMPT = [7, 31, 52, 18, 77, 23, 9]
 
@@ -182,7 +183,7 @@ def test_recording_reads_around_other_code_step_by_step(pocket: InterpretableMod
         pass
 
 
-# -- writing in place ----------------------------------------------------------------------------------------------------
+# -- writing in place ---------------------------------------------------------------------------------------------------
 
 V, W = vector(3), vector(4)
 EDITS: list[tuple[str, Callable[[InterpretableModel], None], dict[str, Any]]] = [
@@ -201,7 +202,7 @@ EDITS: list[tuple[str, Callable[[InterpretableModel], None], dict[str, Any]]] = 
      ), {"layers.2.attn": iv.add_vector(V, at=0), "layers.2": iv.add_vector(W, at=-1)}),
     ("twice at one place", lambda m: (_add(m.layers[1], (slice(None), 1), V), _add(m.layers[1], (slice(None), -1), W)),
      {"layers.1": [iv.add_vector(V, at=1), iv.add_vector(W, at=-1)]}),
-    ("embedding", lambda m: _embedding(m), {"embed": iv.scale(2.0)}),
+    ("embedding", lambda m: _double(m, "embed"), {"embed": iv.scale(2.0)}),
 ]  # fmt: skip
 
 
@@ -221,10 +222,8 @@ def _put_input(place: Any, value: Any) -> None:
     place.input += value
 
 
-def _embedding(model: InterpretableModel) -> None:
-    from mlxsteer.places import Place
-
-    Place(model._sites, "embed").output *= 2.0
+def _double(model: InterpretableModel, key: str) -> None:
+    Place(model._sites, key).output *= 2.0
 
 
 @pytest.mark.parametrize(("edit", "same"), [(e, s) for _, e, s in EDITS], ids=[n for n, _, _ in EDITS])
@@ -394,7 +393,7 @@ def test_a_handle_is_an_array_for_everybody(llama: InterpretableModel) -> None:
         assert type(handle[:, -1].save()) is mx.array
 
 
-# -- batches -------------------------------------------------------------------------------------------------------------
+# -- batches ------------------------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=12, deadline=None)
@@ -459,7 +458,7 @@ def test_padding_is_marked(llama: InterpretableModel) -> None:
     assert trace.tokens.shape == (2, 7)
 
 
-# -- gradients -----------------------------------------------------------------------------------------------------------
+# -- gradients ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bits", [None, 4])
@@ -487,7 +486,7 @@ def test_gradients_flow_to_a_steering_vector(bits: int | None) -> None:
     assert mx.abs(mx.grad(through_inline)(V) - expected).max().item() <= 1e-5 * scale
 
 
-# -- refusals ------------------------------------------------------------------------------------------------------------
+# -- refusals -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
