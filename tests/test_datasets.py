@@ -78,7 +78,7 @@ def test_an_unknown_set_is_refused_with_the_nearest() -> None:
 
 @pytest.mark.parametrize("name", ["", "zzzz", "../pocket/model/config", "sentiment.jsonl", "Sentiment/", "/etc/hosts"])
 def test_a_name_that_is_no_set_is_refused(name: str) -> None:
-    with pytest.raises(ValueError, match="no contrast set called .* Nearest:"):
+    with pytest.raises(ValueError, match=r"no contrast set called .* Nearest:"):
         ms.datasets.load(name)
 
 

@@ -238,7 +238,8 @@ def test_mean_activations_are_the_plain_loop_without_bos(
 
 POSITIONS: list[tuple[Any, Any]] = [
     ("last", lambda n: [n - 1]), (-2, lambda n: [n - 2]), ([1, -1], lambda n: {1, n - 1}), ("first", lambda n: [0]),
-    (slice(1, 3), lambda n: range(1, min(3, n))), (lambda t: [i for i, x in enumerate(t) if x == ids("o")[1]] or [0], None),
+    (slice(1, 3), lambda n: range(1, min(3, n))),
+    (lambda t: [i for i, x in enumerate(t) if x == ids("o")[1]] or [0], None),
 ]  # fmt: skip
 
 
@@ -304,7 +305,7 @@ def test_one_text_is_one_prompt_or_refused_but_not_a_list_of_letters(llama: Inte
 
 
 def test_what_can_not_be_averaged_is_refused(llama: InterpretableModel) -> None:
-    with pytest.raises(UnknownKey, match="no place called 'layers.1.mpl'"):
+    with pytest.raises(UnknownKey, match=r"no place called 'layers\.1\.mpl'"):
         mean_activations(llama, ["no"], ["layers.1", "layers.1.mpl"])
     with pytest.raises(ValueError, match="the prompt is empty"):
         mean_activations(llama, [], "layers.1")

@@ -175,7 +175,7 @@ def test_per_row_strengths_follow_their_row(llama: InterpretableModel) -> None:
         assert mx.abs(row.logprobs - expected).max().item() <= 1e-4
 
 
-# -- other code's generation -------------------------------------------------------------------------------------------
+# -- other code's generation -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("prefill_step_size", [3, 2048])
@@ -266,7 +266,7 @@ def test_foreign_speculative_decoding_needs_the_prompt(tokenizer: TokenizerWrapp
     assert distance(steps, recompute(model.model, PROMPT, made, v, lambda i, n: i >= n)) <= 1e-4
 
 
-# -- caches ------------------------------------------------------------------------------------------------------------
+# -- caches ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_quantized_cache_carries_the_steering_on(tokenizer: TokenizerWrapper) -> None:

@@ -306,7 +306,7 @@ def test_a_steering_under_which_nothing_ran_is_an_error(model: InterpretableMode
         pass
 
 
-# -- persistent edits ---------------------------------------------------------------------------------------------------
+# -- persistent edits ------------------------------------------------------------------------------------------------
 
 
 def test_an_edited_model_shares_all_weights_and_leaves_the_original_alone(model: InterpretableModel) -> None:

@@ -23,7 +23,7 @@ from mlxsteer.positions import Prompt, Tokens
 
 DTYPES = (mx.float32, mx.bfloat16, mx.float16)
 TOLERANCE = {mx.float32: 2e-5, mx.bfloat16: 4e-2, mx.float16: 5e-3}
-hypothesis_settings = settings(max_examples=25, deadline=None, derandomize=True)
+hypothesis_settings = settings(max_examples=12, deadline=None, derandomize=True)
 
 # -- what an intervention is given -----------------------------------------------------------------------------------
 
@@ -101,12 +101,16 @@ CASES = {
         "add_vector", lambda r, d: {"vector": 0.2 * r.normal(size=d), "preserve_norm": True}, keeping_norm
     ),
     "ablate": Case(
-        "ablate", lambda r, d: {"directions": 5 * r.normal(size=d)}, lambda x, s, directions: x - s * projected(x, directions)
+        "ablate", lambda r, d: {"directions": 5 * r.normal(size=d)},
+        lambda x, s, directions: x - s * projected(x, directions)
     ),
     "ablate_subspace": Case(
-        "ablate", lambda r, d: {"directions": r.normal(size=(2, d))}, lambda x, s, directions: x - s * projected(x, directions)
+        "ablate", lambda r, d: {"directions": r.normal(size=(2, d))},
+        lambda x, s, directions: x - s * projected(x, directions)
     ),
-    "mean_replace": Case("mean_replace", lambda r, d: {"mean": r.normal(size=d)}, lambda x, s, mean: x + s * (mean - x)),
+    "mean_replace": Case(
+        "mean_replace", lambda r, d: {"mean": r.normal(size=d)}, lambda x, s, mean: x + s * (mean - x)
+    ),
     "mean_replace_along": Case(
         "mean_replace", lambda r, d: {"mean": r.normal(size=d), "direction": 3 * r.normal(size=d)},
         lambda x, s, mean, direction: x + s * projected(mean - x, direction),
@@ -116,7 +120,9 @@ CASES = {
         lambda x, s, mean, direction: x + s * projected(mean - x, direction),
     ),
     "zero_out": Case("zero_out", lambda r, d: {}, lambda x, s: x - s * x),
-    "replace_with": Case("replace_with", lambda r, d: {"value": r.normal(size=d)}, lambda x, s, value: x + s * (value - x)),
+    "replace_with": Case(
+        "replace_with", lambda r, d: {"value": r.normal(size=d)}, lambda x, s, value: x + s * (value - x)
+    ),
     "scale": Case("scale", lambda r, d: {"factor": float(r.normal())}, lambda x, s, factor: x * (1 + s * (factor - 1))),
     "clamp": Case(
         "clamp", lambda r, d: {"low": -0.4, "high": 0.7}, lambda x, s, low, high: x + s * (np.clip(x, low, high) - x)
@@ -255,10 +261,14 @@ def test_a_row_of_strength_zero_keeps_every_bit_beside_one_that_is_edited(dtype:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_that_do_not_carry_the_steering_keep_every_bit(dtype: mx.Dtype) -> None:
     x = awkward(dtype)
-    for label, intervention in everything(strength=(0.5, 0.5)).items():
+    for strength in (0.5, (0.5, 0.5), (0.5, 0.0)):
+        for label, intervention in everything(strength=strength).items():
+            y = intervention(x, where(x, rows=(True, False)))
+            np.testing.assert_array_equal(bits(y)[1], bits(x)[1], err_msg=label)
+            assert (bits(y)[0] != bits(x)[0]).any(), label
+    for label, intervention in everything(strength=(0.0, 0.5)).items():
         y = intervention(x, where(x, rows=(True, False)))
-        np.testing.assert_array_equal(bits(y)[1], bits(x)[1], err_msg=label)
-        assert (bits(y)[0] != bits(x)[0]).any(), label
+        np.testing.assert_array_equal(bits(y), bits(x), err_msg=label)
 
 
 def test_padding_keeps_every_bit() -> None:
@@ -836,7 +846,10 @@ def test_describe_gives_the_formula_and_every_parameter(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "paper"),
-    [("add_vector", "2308.10248"), ("add_vector", "2312.06681"), ("ablate", "2406.11717"), ("mean_replace", "2411.09003"), ("replace_with", "2004.12265")],
+    [
+        ("add_vector", "2308.10248"), ("add_vector", "2312.06681"), ("ablate", "2406.11717"),
+        ("mean_replace", "2411.09003"), ("replace_with", "2004.12265"),
+    ],
 )  # fmt: skip
 def test_describe_names_the_paper(name: str, paper: str) -> None:
     assert paper in iv.describe(name)
@@ -1038,7 +1051,10 @@ def test_a_whole_number_and_the_same_float_have_one_fingerprint() -> None:
 
 @pytest.mark.parametrize(
     "make",
-    [lambda: iv.scale(np.float32(2)), lambda: iv.noise(1.0, np.int64(3)), lambda: iv.zero_out(at=slice(np.int64(1), None)), lambda: iv.clamp(np.float32(0), None)],
+    [
+        lambda: iv.scale(np.float32(2)), lambda: iv.noise(1.0, np.int64(3)),
+        lambda: iv.zero_out(at=slice(np.int64(1), None)), lambda: iv.clamp(np.float32(0), None),
+    ],
     ids=["scale", "noise", "slice", "clamp"],
 )  # fmt: skip
 def test_numpy_numbers_are_numbers(make: Callable[[], iv.Intervention], tmp_path: Path) -> None:
@@ -1158,7 +1174,9 @@ def test_damaged_metadata_is_one_clear_error(saved: Path, change: Callable[[Any]
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-9, 9) | st.floats(-2, 2) | st.text(max_size=4),
     lambda inner: st.lists(inner, max_size=3)
-    | st.dictionaries(st.sampled_from(["tensor", "intervention", "parameters", "ints", "slice", "after"]), inner, max_size=2),
+    | st.dictionaries(
+        st.sampled_from(["tensor", "intervention", "parameters", "ints", "slice", "after"]), inner, max_size=2
+    ),
     max_leaves=4,
 )  # fmt: skip
 

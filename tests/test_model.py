@@ -67,7 +67,7 @@ def test_a_model_without_blocks_is_refused() -> None:
         InterpretableModel(Odd())
 
 
-# -- tokens ------------------------------------------------------------------------------------------------------------
+# -- tokens ----------------------------------------------------------------------------------------------------------
 
 
 def test_bos_is_never_added_twice(pocket: InterpretableModel) -> None:
@@ -132,7 +132,7 @@ def test_a_prompt_longer_than_the_context_is_warned_of(pocket: InterpretableMode
         wrapped.trace([7] * 600)
 
 
-# -- code that people have ----------------------------------------------------------------------------------------------
+# -- code that people have -------------------------------------------------------------------------------------------
 
 
 def test_a_program_written_for_mlxterp_runs(pocket: InterpretableModel) -> None:

@@ -377,7 +377,8 @@ def test_an_edit_of_heads_is_an_edit_of_what_enters_the_output_projection(name: 
     ("name", "key"),
     [
         ("llama", "layers.1.mlp.heads"), ("llama", "layers.1.heads"), ("llama", "embed.heads"), ("llama", "norm.heads"),
-        ("llama", "layers.1.self_attn.o_proj.heads"), ("qwen3_next", "layers.0.attn.heads"), ("rwkv7", "layers.1.mlp.heads"),
+        ("llama", "layers.1.self_attn.o_proj.heads"), ("qwen3_next", "layers.0.attn.heads"),
+        ("rwkv7", "layers.1.mlp.heads"),
     ],
 )  # fmt: skip
 def test_what_has_no_heads_says_so(name: str, key: str) -> None:
@@ -421,7 +422,8 @@ def test_quantized_projections_have_the_widths_of_their_features(bits: int) -> N
     assert isinstance(names.resolve("layers.0.mlp.down_proj").module, nn.QuantizedLinear)
     expected = {
         "layers.0.mlp.down_proj": 64, "layers.0.mlp.down_proj.input": 128, "layers.0.mlp.up_proj": 128,
-        "layers.0.attn.k_proj": 32, "layers.0.attn.k_proj.input": 64, "layers.0.attn.heads": 16, "layers.0": 64, "embed": 64,
+        "layers.0.attn.k_proj": 32, "layers.0.attn.k_proj.input": 64, "layers.0.attn.heads": 16, "layers.0": 64,
+        "embed": 64,
     }  # fmt: skip
     assert {key: names.width(names.resolve(key)) for key in expected} == expected
 

@@ -56,7 +56,7 @@ def calls_of(model: InterpretableModel, body: Callable[[], Any]) -> list[int]:
     return seen
 
 
-# -- reading -----------------------------------------------------------------------------------------------------------
+# -- reading ---------------------------------------------------------------------------------------------------------
 
 
 def test_every_key_of_a_trace_can_be_read_and_equals_what_the_module_gave(model: InterpretableModel) -> None:
@@ -183,7 +183,7 @@ def test_recording_reads_around_other_code_step_by_step(pocket: InterpretableMod
         pass
 
 
-# -- writing in place ---------------------------------------------------------------------------------------------------
+# -- writing in place ------------------------------------------------------------------------------------------------
 
 V, W = vector(3), vector(4)
 EDITS: list[tuple[str, Callable[[InterpretableModel], None], dict[str, Any]]] = [
@@ -393,7 +393,7 @@ def test_a_handle_is_an_array_for_everybody(llama: InterpretableModel) -> None:
         assert type(handle[:, -1].save()) is mx.array
 
 
-# -- batches ------------------------------------------------------------------------------------------------------------
+# -- batches ---------------------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=12, deadline=None)
@@ -458,7 +458,7 @@ def test_padding_is_marked(llama: InterpretableModel) -> None:
     assert trace.tokens.shape == (2, 7)
 
 
-# -- gradients ----------------------------------------------------------------------------------------------------------
+# -- gradients -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bits", [None, 4])
@@ -486,7 +486,7 @@ def test_gradients_flow_to_a_steering_vector(bits: int | None) -> None:
     assert mx.abs(mx.grad(through_inline)(V) - expected).max().item() <= 1e-5 * scale
 
 
-# -- refusals -----------------------------------------------------------------------------------------------------------
+# -- refusals --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -87,13 +87,13 @@ def test_what_is_no_vector_is_refused(make: Callable[[], Any], sentence: str) ->
 
 # -- arithmetic ------------------------------------------------------------------------------------------------------
 
-factors = st.floats(-100, 100, width=32)
+factors = st.floats(-100, 100, width=32).filter(lambda f: f == 0 or abs(f) > 1e-3)
 
 
 @given(
     seeds=st.tuples(st.integers(0, 99), st.integers(100, 199)),
     factor=factors,
-    divisor=factors.filter(lambda f: abs(f) > 1e-3),
+    divisor=factors.filter(bool),
 )
 @settings(max_examples=40, deadline=None, derandomize=True)
 def test_arithmetic_is_that_of_the_directions(seeds: tuple[int, int], factor: float, divisor: float) -> None:
