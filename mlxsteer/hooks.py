@@ -23,7 +23,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxsteer.interventions.base import Intervention, Where
-from mlxsteer.positions import Prompt, Tokens
+from mlxsteer.positions import Prompt, Tokens, ToldPrompts
 from mlxsteer.sites import Site, SiteMap
 from mlxsteer.steering import Row, SteeredCacheError, Steering, SteeringState, carrier, fresh_rows, opened, ride
 
@@ -68,7 +68,7 @@ class Plan:
         tokens: the tokens of the forward, where the caller knows them; else they are told by the cache.
         steerings: what rows may carry while this plan is active.
         adopt: rows that carry nothing yet are given `steerings`.
-        prompts: makes what is known of the prompt of a row that adopts them, from the tokens seen before it.
+        prompts: what the caller tells of the prompts of rows that adopt them.
         stop: end the forward behind this place, raising `Stopped`; for whoever asks for nothing behind it.
         keep: called after each forward with its captures, in place of leaving them in `captured`.
     """
@@ -80,7 +80,7 @@ class Plan:
     tokens: Tokens | None = None
     steerings: Sequence[Steering] = ()
     adopt: bool = False
-    prompts: Callable[[int], Prompt] | None = None
+    prompts: ToldPrompts | None = None
     keep: Callable[[dict[Site, Any]], None] | None = None
     stop: Site | None = None
 
@@ -319,9 +319,9 @@ def _argument(base: type, args: tuple[Any, ...], kwargs: dict[str, Any], index: 
     """An argument of a module's call, given by position or by keyword; None where it wasn't given."""
     names = _parameters(base)
     if name:
-        if name in kwargs:
-            return kwargs[name]
-        index = names.index(name) if name in names else len(args)
+        if name in kwargs or name not in names:
+            return kwargs.get(name)
+        index = names.index(name)
     if index < len(args):
         return args[index]
     return kwargs.get(names[index]) if index < len(names) else None
@@ -377,9 +377,9 @@ class Forward:
         self._carrying: dict[int, tuple[bool, ...] | None] = {}
 
     def run(self, base: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        inputs = _argument(base, args, kwargs, 0)
+        inputs = _argument(base, args, kwargs, 0, "input_embeddings")
         if inputs is None:
-            inputs = _argument(base, args, kwargs, 0, "input_embeddings")
+            inputs = _argument(base, args, kwargs, 0)
         cache = _argument(base, args, kwargs, 0, "cache")
         count, width = inputs.shape[:2]
         for plan in self.plans:
@@ -410,8 +410,12 @@ class Forward:
         first = carrier(cache)
         state: SteeringState | None = getattr(first, "steering_state", None)
         if first is None or (state is None and not steered):
+            whole = self._told()
             prompts = [
-                Prompt(width, source=functools.partial(_row_of, inputs, row), whole=True) for row in range(count)
+                whole.row(row)
+                if whole is not None
+                else Prompt(width, source=functools.partial(_row_of, inputs, row), whole=True)
+                for row in range(count)
             ]
             self.tokens = Tokens([0] * count, [width] * count, width, prompts)
             return None
@@ -422,6 +426,9 @@ class Forward:
         self.tokens, self.rows = state.begin(width), state.rows
         return state
 
+    def _told(self) -> ToldPrompts | None:
+        return next((plan.prompts for plan in self.plans if plan.adopt and plan.prompts is not None), None)
+
     def _adopt(self, state: SteeringState) -> None:
         """Give rows that carry nothing the context's steering; refuse rows that are steered in another way."""
         allowed = {id(s) for plan in self.plans for s in plan.steerings}
@@ -429,9 +436,8 @@ class Forward:
         for row in state.rows:
             if row.steerings is None:
                 row.steerings = default
-                told = next((plan.prompts for plan in self.plans if plan.adopt and plan.prompts is not None), None)
-                if told is not None:
-                    row.prompt, row.told = told(row.seen), True
+                if (told := self._told()) is not None:
+                    row.prompt, row.told = told.next(row.seen), True
             elif not all(id(s) in allowed for s in row.steerings):
                 if [s.fingerprint for s in row.steerings] != [s.fingerprint for s in default]:
                     raise SteeredCacheError(

@@ -21,7 +21,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlxsteer import generation
 from mlxsteer.hooks import Plan, attached, disable, enable, settle
 from mlxsteer.places import Places, Writing
-from mlxsteer.positions import Prompt
+from mlxsteer.positions import ToldPrompts
 from mlxsteer.sites import SiteMap
 from mlxsteer.steering import Steering
 from mlxsteer.trace import Recording, Trace, innermost
@@ -450,7 +450,7 @@ class InterpretableModel:
 class OpenSteering:
     """Named steerings of one model, in force inside a `with` block or between `enable()` and `disable()`."""
 
-    def __init__(self, sites: SiteMap, steerings: Sequence[Steering], prompts: Callable[[int], Prompt] | None) -> None:
+    def __init__(self, sites: SiteMap, steerings: Sequence[Steering], prompts: ToldPrompts | None) -> None:
         self._steerings = {steering.name: steering for steering in steerings}
         self._plan = Plan(sites, steerings=list(steerings), adopt=True, prompts=prompts)
         self._context: Any = None
@@ -504,24 +504,18 @@ class OpenSteering:
         return f"<steering {', '.join(parts)}; {state}>"
 
 
-def _told(prompt_tokens: Any, decode: Callable[[list[int]], str] | None) -> Callable[[int], Prompt] | None:
+def _told(prompt_tokens: Any, decode: Callable[[list[int]], str] | None) -> ToldPrompts | None:
     """What to believe of the prompts of rows that foreign code begins."""
     if prompt_tokens is None:
         return None
     if isinstance(prompt_tokens, int):
-        return lambda seen: Prompt(seen + prompt_tokens, None, decode)
+        return ToldPrompts([prompt_tokens], decode, repeat=True)
     values: Any = prompt_tokens.tolist() if isinstance(prompt_tokens, mx.array) else list(prompt_tokens)
-    if values and isinstance(values[0], int):
-        return lambda seen: Prompt(seen + len(values), values if not seen else None, decode)
-    waiting = [list(v) for v in values]
-
-    def next_prompt(seen: int) -> Prompt:
-        if not waiting:
-            raise ValueError(f"prompt_tokens= holds {len(values)} prompts, and one more row has begun.")
-        tokens = waiting.pop(0)
-        return Prompt(seen + len(tokens), tokens if not seen else None, decode)
-
-    return next_prompt
+    if not values or not all(isinstance(v, (int, list, tuple)) for v in values):
+        raise TypeError("prompt_tokens= is a number of tokens, a list of token ids, or a list of prompts.")
+    if isinstance(values[0], int):
+        return ToldPrompts([values], decode, repeat=True)
+    return ToldPrompts([list(v) for v in values], decode, repeat=False)
 
 
 def _arrays(module: Any) -> Iterator[mx.array]:

@@ -97,6 +97,39 @@ class Prompt:
         return self.length
 
 
+class ToldPrompts:
+    """The prompts that other code's generation will run, as its caller tells them.
+
+    Args:
+        prompts: for each row its token ids, or their number.
+        decode: token ids to text.
+        repeat: one prompt, for every row that begins; else row i begins with prompt i.
+    """
+
+    def __init__(
+        self, prompts: Sequence[int | list[int]], decode: Callable[[list[int]], str] | None, *, repeat: bool
+    ) -> None:
+        self._prompts, self._decode, self._repeat, self._begun = list(prompts), decode, repeat, 0
+
+    def next(self, seen: int) -> Prompt:
+        """The prompt of the next row to begin, after `seen` tokens that its cache holds already.
+
+        Raises:
+            ValueError: more rows begin than there are prompts.
+        """
+        self._begun += 1
+        return self.row(self._begun - 1, seen)
+
+    def row(self, index: int, seen: int = 0) -> Prompt:
+        """The prompt of row `index`."""
+        if not self._repeat and index >= len(self._prompts):
+            raise ValueError(f"prompt_tokens= holds {len(self._prompts)} prompts, and one more row has begun.")
+        told = self._prompts[0 if self._repeat else index]
+        if isinstance(told, int):
+            return Prompt(seen + told, None, self._decode)
+        return Prompt(seen + len(told), told if not seen else None, self._decode)
+
+
 @dataclass(frozen=True)
 class Position:
     """A position as it was written, in a hashable form.
@@ -164,7 +197,10 @@ class Position:
             end = prompt.needed("'last'")
             return (range(end - 1, FOREVER),)
         if name == "generated" and prompt.whole:
-            raise PositionError("at='generated' in a trace: every token of a trace is prompt; say 'last' or 'all'.")
+            raise PositionError(
+                "at='generated': every token of a trace, or of a forward without a cache, is prompt unless "
+                "prompt_tokens= says otherwise; say 'last' or 'all'."
+            )
         if prompt.mixed:
             raise PositionError(
                 f"at={name!r} with a draft model needs the prompt: pass it as model.steer(..., prompt_tokens=...), or "

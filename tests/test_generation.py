@@ -128,6 +128,26 @@ def test_generation_without_interventions_and_at_strength_zero_is_mlx_lms_own(mo
     )
 
 
+@pytest.mark.parametrize("name", tiny.FAMILIES)
+def test_every_family_generates_as_its_recompute(name: str, tokenizer: TokenizerWrapper) -> None:
+    model, v = InterpretableModel(tiny.build(name), tokenizer), vector()
+    made, steps = run(model.stream(PROMPT, {f"layers.{LAYER}": iv.add_vector(v, at="last")}, max_tokens=4,
+                                   prefill_step_size=3))  # fmt: skip
+    assert distance(steps, recompute(model.model, PROMPT, made, v, lambda i, n: i >= n - 1)) <= 1e-4
+
+
+def test_a_loop_without_a_cache_is_steered_by_the_prompt_it_is_told(llama: InterpretableModel) -> None:
+    v, ids = vector(), list(PROMPT)
+    with llama.steer({f"layers.{LAYER}": iv.add_vector(v, at="generated")}, prompt_tokens=len(PROMPT)):
+        steps = []
+        for _ in range(4):
+            steps.append(logprobs(llama.model(mx.array([ids]))[0, -1]))
+            ids.append(int(mx.argmax(steps[-1]).item()))
+    assert distance(steps, recompute(llama.model, PROMPT, ids[len(PROMPT) :], v, lambda i, n: i >= n)) == 0.0
+    with pytest.raises(PositionError, match="prompt_tokens"), llama.steer({"layers.1": iv.zero_out(at="generated")}):
+        llama.model(mx.array([ids]))
+
+
 def test_a_stream_is_generate(llama: InterpretableModel) -> None:
     steer = {f"layers.{LAYER}": iv.add_vector(vector(), at="last")}
     pieces = list(llama.stream(PROMPT, steer, max_tokens=7))
