@@ -6,11 +6,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from mlxsteer.model import InterpretableModel
 from mlxsteer.pairs import ContrastPair, in_split
 from mlxsteer.positions import At, Position
-from mlxsteer.sites import Site
+from mlxsteer.sites import Site, UnknownKey
+from mlxsteer.trace import Trace
 from mlxsteer.vectors import SteeringVector
 
 
@@ -24,6 +26,21 @@ def _batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
         batch.append(index)
     if batch:
         yield batch
+
+
+def _bos(model: InterpretableModel) -> int | None:
+    return getattr(model.tokenizer, "bos_token_id", None) if model.tokenizer is not None else None
+
+
+def _norms(trace: Trace, layers: Sequence[int], bos: int | None) -> mx.array:
+    """Norms of the residual stream at every real token but BOS, (layers, tokens)."""
+    rows = np.array(trace.tokens)
+    real = np.arange(rows.shape[1])[None] < np.array(trace.lengths)[:, None]
+    if bos is not None:
+        real[:, 0] &= rows[:, 0] != bos
+    chosen = mx.array(np.flatnonzero(real))
+    norms = [mx.linalg.norm(trace.activations[f"layers.{layer}"].astype(mx.float32), axis=-1) for layer in layers]
+    return mx.stack(norms).reshape(len(layers), -1)[:, chosen]
 
 
 def mean_activations(
@@ -52,18 +69,18 @@ def mean_activations(
         UnknownKey: a key names no place.
         ValueError: there is no prompt, or no token to average.
     """
-    wanted = {
-        (key if len(found) == 1 and "*" not in key else site.key): site
-        for key in ([keys] if isinstance(keys, str) else keys)
-        for found in [model._sites.expand(key)]
-        for site in found
-    }
+    wanted: dict[str, Site] = {}
+    for key in [keys] if isinstance(keys, str) else keys:
+        try:
+            wanted[key] = model._sites.resolve(key)
+        except UnknownKey:  # a glob or a range, or nothing at all, which expand refuses
+            wanted |= {site.key: site for site in model._sites.expand(key)}
     sites = list(dict.fromkeys(wanted.values()))
-    tokens, _ = model._encode_many(list(prompts))
+    tokens, _ = model._encode_many(prompts if isinstance(prompts, (str, mx.array)) else list(prompts))
     position = Position.of(at)
     sums: dict[Site, mx.array] = {site: mx.array(0.0) for site in sites}
     count = 0
-    bos = getattr(model.tokenizer, "bos_token_id", None) if model.tokenizer is not None else None
+    bos = _bos(model)
     for batch in _batches([len(t) for t in tokens], batch_tokens):
         rows = [tokens[i] for i in batch]
         with model.trace(rows) as trace:
@@ -114,16 +131,17 @@ def extract(
     ]
     tokens = [model.encode(text) for text, _ in texts]
     layers = range(len(model.layers))
+    bos = _bos(model)
     total: mx.array | None = None
     norms: list[mx.array] = []
     done = 0
     for batch in _batches([len(t) for t in tokens], batch_tokens):
         with model.trace([tokens[i] for i in batch]) as trace:
             last = mx.stack([trace.last(f"layers.{layer}").astype(mx.float32) for layer in layers])  # (L, rows, D)
+            norms.append(_norms(trace, layers, bos))
         signs = mx.array([texts[i][1] for i in batch])[None, :, None]
         part = mx.sum(signs * last, axis=1)
         total = part if total is None else total + part
-        norms.append(mx.linalg.norm(last, axis=-1))
         mx.eval(total, norms)
         done += len(batch)
         if progress is not None:

@@ -10,6 +10,7 @@ is touched nowhere, everywhere, or where.
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -167,17 +168,18 @@ class Position:
                 raise PositionError("at=after(''): an empty text occurs everywhere; use at='all'.")
             return cls("after", tuple(at.text) if not isinstance(at.text, str) else at.text)
         if isinstance(at, slice):
-            if at.step is not None and at.step < 1:
+            try:
+                parts = tuple(None if part is None else operator.index(part) for part in (at.start, at.stop, at.step))
+            except TypeError:
+                raise PositionError(f"at={at}: a slice of tokens is of whole numbers.") from None
+            if parts[2] is not None and parts[2] < 1:
                 raise PositionError(f"at={at}: the step of a slice of tokens is 1 or more.")
-            return cls("slice", (at.start, at.stop, at.step))
-        if isinstance(at, (int, np.integer)) and not isinstance(at, bool):
-            return cls("ints", (int(at),))
-        if callable(at):
+            return cls("slice", parts)
+        if callable(at) and not isinstance(at, type):
             return cls("call", at)
-        if isinstance(at, (Sequence, np.ndarray, mx.array)) and all(
-            isinstance(i, (int, np.integer)) and not isinstance(i, bool) for i in list(_listed(at))
-        ):
-            return cls("ints", tuple(int(i) for i in _listed(at)))
+        numbers = _listed(at)
+        if numbers is not None and all(isinstance(i, (int, np.integer)) and not isinstance(i, bool) for i in numbers):
+            return cls("ints", tuple(int(i) for i in numbers))
         raise PositionError(
             f"at={at!r} is no position: say one of {', '.join(NAMES)}, after(text), an int, a list of ints, a slice, "
             "or a callable on the prompt's token ids."
@@ -241,7 +243,12 @@ class Position:
 
     def _call(self, prompt: Prompt) -> tuple[range, ...]:
         length = prompt.needed("a callable")
-        chosen = [int(i) for i in self.value(list(prompt.ids("a callable")))]
+        returned = list(self.value(list(prompt.ids("a callable"))))
+        if returned and all(isinstance(i, (bool, np.bool_)) for i in returned):
+            if len(returned) != length:
+                raise PositionError(f"the callable given as at= marked {len(returned)} of {length} prompt tokens.")
+            returned = [i for i, marked in enumerate(returned) if marked]
+        chosen = [int(i) for i in returned]
         if bad := [i for i in chosen if not -length <= i < length]:
             raise PositionError(f"the callable given as at= chose position {bad[0]} in a prompt of {length} tokens.")
         return tuple(range(p, p + 1) for p in sorted({i % length for i in chosen}))
@@ -255,9 +262,12 @@ class Position:
         return slice(*self.value) if self.kind == "slice" else self.value
 
 
-def _listed(at: Any) -> list[Any]:
+def _listed(at: Any) -> list[Any] | None:
+    """The items of a number, list or array; None for anything else."""
     values: Any = at.tolist() if isinstance(at, (np.ndarray, mx.array)) else at
-    return list(values)
+    if isinstance(values, Sequence) and not isinstance(values, (str, bytes)):
+        return list(values)
+    return [values] if isinstance(values, (int, np.integer)) else None
 
 
 def _end_of(text: str | tuple[int, ...], prompt: Prompt) -> int:
@@ -275,13 +285,18 @@ def _end_of(text: str | tuple[int, ...], prompt: Prompt) -> int:
     if at < 0:
         raise PositionError(f"at=after({text!r}): the prompt has no such text: {whole[-120:]!r}.")
     end = at + len(text)
-    low, high = 0, len(tokens)  # the fewest tokens whose text reaches the end of the occurrence
+    low, high = 0, len(tokens)  # about the fewest tokens whose text reaches the end of the occurrence
     while low < high:
         middle = (low + high) // 2
         if len(prompt.decode(tokens[:middle])) >= end:
             high = middle
         else:
             low = middle + 1
+    # A token may end inside a character, which decodes to a mark of its own: only equal text counts as reached.
+    while low < len(tokens) and prompt.decode(tokens[:low])[:end] != whole[:end]:
+        low += 1
+    while low > 0 and prompt.decode(tokens[: low - 1])[:end] == whole[:end]:
+        low -= 1
     return low
 
 

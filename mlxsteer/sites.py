@@ -134,7 +134,7 @@ class SiteMap:
         return {
             to_fixed.get(path) or self._canonical(path): module
             for path, module in named
-            if path and path != "lm_head" and type(module) is not nn.Module and paths[id(module)] == 1
+            if path and not _is_head(path) and type(module) is not nn.Module and paths[id(module)] == 1
         }
 
     def _canonical(self, path: str) -> str:
@@ -160,11 +160,11 @@ class SiteMap:
         if not isinstance(key, str):
             raise TypeError(f"a key is a string such as 'layers.5.mlp', not {type(key).__name__}")
         path, call = self._split_call(key)
-        port, heads = "output", False
-        if path.endswith((".input", ".output")):
+        port, heads = "output", path.endswith(".heads")
+        if heads:
+            path = path[: -len(".heads")]
+        elif path.endswith((".input", ".output")):
             path, port = path.rsplit(".", 1)
-        if path.endswith(".heads"):
-            path, heads = path[: -len(".heads")], True
         path = self._canonical_of(path, key)
         if path == "logits":
             if port == "input" or heads or call:
@@ -174,7 +174,7 @@ class SiteMap:
         layer = int(path.split(".")[1]) if path.startswith("layers.") else None
         suffix = f"#{call}" if call is not None else ""
         if heads:
-            return self._heads_site(key, path, module, layer)
+            return self._heads_site(key, path, module, layer, call)
         stream = self.family.stream if layer is not None and path == f"layers.{layer}" else 0
         name = path if port == "output" else f"{path}.input"
         return Site(name + suffix, module, port, call, layer, stream=stream)
@@ -188,8 +188,10 @@ class SiteMap:
     def _canonical_of(self, path: str, key: str) -> str:
         """The canonical path of a module, from any accepted spelling."""
         for candidate in dict.fromkeys((path, path.removeprefix("model."), path.removeprefix("model.model."))):
-            if candidate in ("logits", "lm_head", "output") or candidate in self.modules:
-                return "logits" if candidate in ("lm_head", "output") else candidate
+            if candidate in ("logits", "output") or _is_head(candidate):
+                return "logits"
+            if candidate in self.modules:
+                return candidate
             canonical = self._canonical(candidate)
             if canonical in self.modules:
                 return canonical
@@ -217,18 +219,20 @@ class SiteMap:
         path = f"layers.{number}.{actual}" + (f".{tail}" if tail else "")
         return path if actual and path in self.modules else None
 
-    def _heads_site(self, key: str, path: str, module: nn.Module, layer: int | None) -> Site:
+    def _heads_site(self, key: str, path: str, module: nn.Module, layer: int | None, call: int | None) -> Site:
         name = path.rsplit(".", 1)[-1]
         projection = _first(module, families.OUTPUT_PROJECTION)
         count = next((getattr(module, a) for a in families.HEAD_COUNT if isinstance(getattr(module, a, None), int)), 0)
-        if layer is None or name not in families.SOFTMAX_ATTENTION or not projection or not count:
+        mixes = name in families.SOFTMAX_ATTENTION and "conv1d" not in module  # a state-space mixer has no attention
+        if layer is None or not mixes or not projection or not count:
             raise UnknownKey(
                 f"{key!r}: {path} ({type(module).__name__}) has no attention heads before an output projection."
             )
         width = _width_of_input(module[projection])
         if width % count:
             raise UnknownKey(f"{key!r}: {path}.{projection} reads {width} features, not a multiple of {count} heads.")
-        return Site(f"{path}.heads", module[projection], "input", None, layer, heads=int(count))
+        suffix = f"#{call}" if call is not None else ""
+        return Site(f"{path}.heads{suffix}", module[projection], "input", call, layer, heads=int(count))
 
     def expand(self, pattern: str | Iterable[str]) -> list[Site]:
         """Every place that a key, a glob (``layers.*.mlp``) or a range (``layers.8-12``) means, in the model's order.
@@ -238,23 +242,44 @@ class SiteMap:
         """
         if not isinstance(pattern, str):
             return list(dict.fromkeys(site for one in pattern for site in self.expand(one)))
-        if match := re.fullmatch(r"((?:model\.)*)layers\.(\*|\d+-\d+)((?:\..+|#\d+)?)", pattern):
-            span = self._span(match[2], pattern)
-            return self._each_layer(span, match[3], pattern)
-        if "*" in pattern:
-            regex = re.compile(re.escape(pattern).replace(r"\*", "[^.]+"))
-            found = [self.resolve(key) for key in self.keys if regex.fullmatch(key)]
-            if not found:
-                raise UnknownKey(self._unknown(pattern))
-            return found
-        return [self.resolve(pattern)]
+        path = self._in_canonical_words(pattern)
+        if match := re.fullmatch(r"layers\.(\*|\d+-\d+)((?:[.#].+)?)", path):
+            return self._each_layer(self._span(match[1], pattern), match[2], pattern)
+        return self._matching(path, pattern) if "*" in path else [self.resolve(pattern)]
+
+    def _in_canonical_words(self, pattern: str) -> str:
+        """A glob or range with the blocks' container called ``layers``."""
+        container = self._block_paths[0].rsplit(".", 1)[0]
+        for path in dict.fromkeys((pattern, pattern.removeprefix("model."), pattern.removeprefix("model.model."))):
+            if path.startswith(container + "."):
+                return "layers" + path[len(container) :]
+            if path.startswith("layers."):
+                return path
+        return pattern
+
+    def _matching(self, path: str, pattern: str) -> list[Site]:
+        """The places whose key matches a glob, within one block or outside them."""
+        path, call = path.split("#", maxsplit=1)[0], path.partition("#")[1:]
+        port = next((p for p in (".input", ".output", ".heads") if path.endswith(p)), "")
+        path = path.removesuffix(port)
+        if match := re.fullmatch(r"layers\.(\d+)\.(attn|mlp)((?:\..+)?)", path):
+            path = (self._in_block(int(match[1]), f".{match[2]}", pattern) or f"layers.{match[1]}.{match[2]}") + match[
+                3
+            ]
+        regex = re.compile(re.escape(path).replace(r"\*", "[^.]+"))
+        keys = [key for key in self.keys if regex.fullmatch(key)]
+        if not keys:
+            raise UnknownKey(self._unknown(pattern))
+        return [self.resolve(key + port + "".join(call)) for key in keys]
 
     def _span(self, text: str, pattern: str) -> range:
         count = len(self.blocks)
         if text == "*":
             return range(count)
         first, last = map(int, text.split("-"))
-        if first > last or last >= count:
+        if first > last:
+            raise UnknownKey(f"{pattern!r}: a range goes up: layers.{last}-{first}.")
+        if last >= count:
             raise UnknownKey(f"{pattern!r}: this model has {count} layers, layers.0 to layers.{count - 1}.")
         return range(first, last + 1)
 
@@ -275,8 +300,9 @@ class SiteMap:
         module = site.module
         if site.heads:
             return _width_of_input(module) // site.heads
-        if isinstance(module, (nn.Linear, nn.QuantizedLinear)):
-            return _width_of_input(module) if site.port == "input" else int(module.weight.shape[0])
+        linear = module.get("linear", module)  # LoRA and DoRA wrap the layer they adapt
+        if isinstance(linear, (nn.Linear, nn.QuantizedLinear)):
+            return _width_of_input(linear) if site.port == "input" else int(linear.weight.shape[0])
         norm = self.modules.get("norm")
         on_stream = site.key in ("embed", "norm", "norm.input") or any(module is b for b in self.blocks)
         weight = norm.get("weight") if norm is not None and on_stream else None
@@ -287,13 +313,18 @@ class SiteMap:
         roles = [f"layers.{len(self.blocks) // 2}.{role}" for role in ("attn", "mlp", "attn.heads", "input")]
         pool = [*self.keys, *roles]
         if key.startswith("layers.") and (match := re.match(r"layers\.(\d+)", key)):
-            pool = [k for k in self.keys if re.match(rf"layers\.{match[1]}(\.|$)", k)] or pool
-        near = difflib.get_close_matches(key, pool, n=4, cutoff=0.3) or pool[:4]
+            pool = [k for k in pool if re.match(rf"layers\.{match[1]}(\.|$)", k)] or pool
+        near = difflib.get_close_matches(key, dict.fromkeys(pool), n=4, cutoff=0.3) or pool[:4]
         count = len(self.blocks)
         return (
             f"no place called {key!r} in this {self.model_type or type(self.model).__name__} model of {count} layers. "
             f"Nearest: {', '.join(near)}. All of them: model.sites()."
         )
+
+
+def _is_head(path: str) -> bool:
+    """Whether a raw path is the unembedding's, whose output is called ``logits``."""
+    return path.rsplit(".", 1)[-1] == "lm_head" and "layers." not in path
 
 
 def _natural(path: str) -> tuple[tuple[int, int, str], ...]:

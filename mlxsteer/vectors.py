@@ -35,6 +35,8 @@ class SteeringVector:
     residual_norms: Mapping[int, float] = field(default_factory=dict)
     info: Mapping[str, Any] = field(default_factory=dict)
 
+    __array_ufunc__ = None  # NumPy numbers leave arithmetic to us: np.float64(2) * vector
+
     def __post_init__(self) -> None:
         if not self.directions:
             raise ValueError("a steering vector has a direction for at least one layer.")
@@ -91,9 +93,10 @@ class SteeringVector:
         if isinstance(layers, Mapping):
             strengths = dict(layers)
         else:
-            strengths = dict.fromkeys([layers] if isinstance(layers, int) else layers, 1.0)
+            chosen = [layers] if hasattr(layers, "__index__") and not hasattr(layers, "__len__") else layers
+            strengths = dict.fromkeys(chosen, 1.0)  # type: ignore[arg-type]
         return {
-            self.site.format(layer=layer): AddVector(self[layer], strength * own, at=at)
+            self.site.format(layer=int(layer)): AddVector(self[int(layer)], strength * own, at=at)
             for layer, own in strengths.items()
         }
 
@@ -113,6 +116,9 @@ class SteeringVector:
     def __add__(self, other: SteeringVector) -> SteeringVector:
         return self._with(other, lambda a, b: a + b)
 
+    def __radd__(self, other: Any) -> SteeringVector:
+        return self if isinstance(other, int) and other == 0 else NotImplemented  # sum([v, w]) begins with 0
+
     def __sub__(self, other: SteeringVector) -> SteeringVector:
         return self._with(other, lambda a, b: a - b)
 
@@ -130,6 +136,11 @@ class SteeringVector:
     def normalized(self) -> SteeringVector:
         """Every direction scaled to length 1."""
         return self._map(lambda _, direction: direction / mx.linalg.norm(direction))
+
+    def orthogonal_to(self, other: SteeringVector) -> SteeringVector:
+        """What is left of every direction without its component along the other's: ``v − ⟨v, ŵ⟩ŵ``."""
+        unit = other.normalized()
+        return self._with(unit, lambda a, b: a - mx.sum(a * b) * b)
 
     def cosine(self, other: SteeringVector) -> dict[int, float]:
         """Layer → cosine of the angle between the two directions."""

@@ -415,14 +415,13 @@ def test_replace_with_needs_the_prompt_to_lay_tokens_along_it_and_no_prompt_for_
     assert mx.array_equal(iv.replace_with(mx.ones(4))(x, unknown), mx.ones((1, 2, 4)))
 
 
-def test_replace_with_lays_tokens_along_the_prompt_also_where_activations_are_seen_as_heads() -> None:
-    x, value = array((1, 3, 3, 4), 1), random((3, 4), 2)
-    expected = np.broadcast_to(value[None, :, None, :], x.shape)
-    try:
-        y = iv.replace_with(value)(x, where(x))
-    except ValueError:
-        return  # a refusal is as good; what is not is a value laid along the heads
-    np.testing.assert_array_equal(numpy(y), expected)
+def test_replace_with_on_heads_takes_one_value_per_head_or_one_per_token_and_head() -> None:
+    x, each, all_tokens = array((1, 3, 3, 4), 1), random((3, 4), 2), random((1, 3, 3, 4), 3)
+    np.testing.assert_array_equal(numpy(iv.replace_with(each)(x, where(x))), np.broadcast_to(each, x.shape))
+    np.testing.assert_array_equal(numpy(iv.replace_with(all_tokens)(x, where(x))), all_tokens)
+    np.testing.assert_array_equal(
+        numpy(iv.replace_with(all_tokens[0, :2])(x, where(x)))[0, 1:], all_tokens[0, :2]
+    )  # laid to the end
 
 
 # -- noise -----------------------------------------------------------------------------------------------------------
@@ -790,8 +789,9 @@ def test_a_position_can_not_choose_tokens_of_an_activation_without_a_token_axis(
 def test_replace_with_refuses_unknown_alignments_and_batches() -> None:
     with pytest.raises(ValueError, match="align is 'end', 'start' or 'strict', not 'left'"):
         iv.replace_with(mx.ones(3), align="left")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="the value is"):
-        iv.replace_with(mx.ones((2, 3, 4)))
+    x = array((2, 3, 4), 1)
+    with pytest.raises(ValueError, match=r"the value has shape \(2, 3, 4\), the activation \(2, 3, 4\)"):
+        iv.replace_with(mx.ones((2, 3, 4)))(x, where(x))
 
 
 # -- the registry ----------------------------------------------------------------------------------------------------
@@ -941,7 +941,7 @@ def test_other_packages_add_interventions_through_entry_points(
         asked.append(group)
         return points
 
-    monkeypatch.setattr("mlxsteer.interventions.base.entry_points", entry_points)
+    monkeypatch.setattr(base, "_entry_points", lambda: tuple(entry_points(group=base.ENTRY_POINTS)))
     assert "negate" in iv.available()
     x = array((1, 2, 3), 1)
     np.testing.assert_allclose(numpy(iv.create("negate")(x, where(x))), -numpy(x))

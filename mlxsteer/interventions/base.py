@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
 import inspect
 import json
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any, ClassVar, TypeAlias, TypeVar
 
 import mlx.core as mx
@@ -66,10 +68,28 @@ def tensor(value: Any, what: str) -> mx.array:
     return x
 
 
+def number(value: Any, what: str) -> float:
+    """A finite number, as a float.
+
+    Raises:
+        TypeError: it is no number.
+        ValueError: it is NaN or infinite.
+    """
+    if isinstance(value, (np.ndarray, mx.array)) and value.ndim == 0:
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
+        raise TypeError(f"{what} is a number, not {value!r}.")
+    if not np.isfinite(value):
+        raise ValueError(f"{what} is a finite number, not {value}.")
+    return float(value)
+
+
 def _strength(value: Any, what: str) -> float | tuple[float, ...] | mx.array:
     if isinstance(value, mx.array):
         if value.ndim > 1:
             raise ValueError(f"{what}: a strength is a number or one per row, not an array of shape {value.shape}.")
+        if settled(value) and not mx.isfinite(value).all().item():
+            raise ValueError(f"{what}: a strength is a finite number.")
         return value
     if isinstance(value, (list, tuple, np.ndarray)) and np.ndim(value) == 1:
         numbers = tuple(float(v) for v in value)
@@ -99,6 +119,8 @@ class Intervention:
 
     name: ClassVar[str] = ""
     saveable: ClassVar[bool] = True
+    per_token: ClassVar[tuple[str, ...]] = ()
+    """Constants that every token gets, whole."""
     strength = 1.0  # a field of every subclass, last of the positional ones, which a field here would come before
 
     def __post_init__(self) -> None:
@@ -142,9 +164,10 @@ class Intervention:
         touched = where.tokens.touched(self.at, rows)
         if touched is False:
             return x
-        if ("fits", x.shape[-1]) not in self._cache:
+        if ("fits", x.shape[2:]) not in self._cache:
             self.check(x.shape[-1], where.key)
-            self._cache["fits", x.shape[-1]] = True
+            self._check_axes(x.ndim - 2, where.key)
+            self._cache["fits", x.shape[2:]] = True
         y = self.formula(x, strength, where)
         if y.shape != x.shape:
             raise ValueError(f"{self.name} at {where.key} made shape {y.shape} of {x.shape}: an edit keeps the shape.")
@@ -166,6 +189,8 @@ class Intervention:
         own: Any = self.strength
         rows = where.rows
         if isinstance(own, mx.array):
+            if own.ndim and len(own) != len(where.tokens):
+                raise ValueError(f"{self.name} at {where.key}: {len(own)} strengths for {len(where.tokens)} rows.")
             own = own * where.strength
             return (own.reshape(-1, *(1,) * (x.ndim - 1)) if own.ndim else own), rows
         if isinstance(own, float):
@@ -188,6 +213,16 @@ class Intervention:
             if value.shape[-1] != width:
                 raise ValueError(
                     f"{self.name} at {key}: its {name} has width {value.shape[-1]}, the activation has {width}."
+                )
+
+    def _check_axes(self, axes: int, key: str) -> None:
+        """Refuse a constant that would be laid along the tokens, of an activation with `axes` axes behind them."""
+        for name in self.per_token:
+            value = getattr(self, name)
+            if value is not None and value.ndim > axes:
+                raise ValueError(
+                    f"{self.name} at {key}: its {name} has shape {value.shape}; here it is one for every token, "
+                    f"of {axes} ax{'e' if axes > 1 else 'i'}s."
                 )
 
     def _tensors(self) -> dict[str, mx.array]:
@@ -259,7 +294,8 @@ class Intervention:
         spec, tensors = self.to_spec()
         digest = hashlib.sha256(json.dumps(spec, sort_keys=True).encode())
         for name in sorted(tensors):
-            digest.update(name.encode() + np.array(tensors[name].astype(mx.float32)).tobytes())
+            digest.update(f"{name} {tensors[name].shape}".encode())
+            digest.update(np.array(tensors[name].astype(mx.float32)).tobytes())
         return digest.hexdigest()[:16]
 
 
@@ -281,10 +317,13 @@ class Compose(Intervention):
             raise ValueError("a composition of no interventions: give at least one.")
         self._set(steps=steps)
         super().__post_init__()
+        if self.at != Position.of("all") or not isinstance(self.strength, float):
+            raise ValueError(
+                "a composition acts where and how its steps say: give at= and per-row strengths to them; its own "
+                "strength is one number, which multiplies theirs."
+            )
 
     def __call__(self, x: mx.array, where: Where) -> mx.array:
-        if not isinstance(self.strength, float):
-            raise ValueError("a composition's strength is one number; give per-row strengths to its steps.")
         inner = replace(where, strength=where.strength * self.strength)
         for step in self.steps:
             x = step(x, inner)
@@ -315,7 +354,7 @@ class Function(Intervention):
     saveable: ClassVar[bool] = False
 
     def formula(self, x: mx.array, strength: float | mx.array, where: Where) -> mx.array:
-        y = self.function(x)
+        y = self.function(x.reshape(x.shape))  # an object of its own: a function may write to it in place
         if not isinstance(y, mx.array):
             raise TypeError(
                 f"the function at {where.key} returned {type(y).__name__}, not an mx.array: a function takes an "
@@ -437,7 +476,8 @@ def register(name: str) -> Callable[[_T], _T]:
     def enter(cls: _T) -> _T:
         if not issubclass(cls, Intervention):
             raise TypeError(f"{cls.__name__} is no subclass of interventions.Intervention.")
-        if (known := _registry.get(name)) is not None and known.__qualname__ != cls.__qualname__:
+        known = _registry.get(name)
+        if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
             raise ValueError(f"an intervention called {name!r} is registered already: {known.__name__}.")
         if "__dataclass_fields__" not in cls.__dict__ or not is_dataclass(cls):
             cls = dataclass(frozen=True, eq=False, repr=False)(cls)  # type: ignore[assignment]
@@ -450,10 +490,18 @@ def register(name: str) -> Callable[[_T], _T]:
 
 def registered() -> dict[str, type[Intervention]]:
     """Name → class of every intervention, those of other packages included."""
-    for point in entry_points(group=ENTRY_POINTS):
+    for point in _entry_points():
         if point.name not in _registry:
-            register(point.name)(point.load())
+            try:
+                register(point.name)(point.load())
+            except Exception as error:  # noqa: BLE001 - another package's import may fail in any way; ours goes on
+                warnings.warn(f"the intervention {point.name!r} could not be loaded: {error}", stacklevel=3)
     return _registry
+
+
+@functools.cache
+def _entry_points() -> tuple[EntryPoint, ...]:
+    return tuple(entry_points(group=ENTRY_POINTS))
 
 
 def available() -> list[str]:

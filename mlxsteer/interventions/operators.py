@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import mlx.core as mx
 import numpy as np
 
-from mlxsteer.interventions.base import Intervention, Where, register, settled, tensor
+from mlxsteer.interventions.base import Intervention, Where, number, register, settled, tensor
 from mlxsteer.positions import PositionError
 
 
 def _unit(direction: mx.array, what: str) -> mx.array:
     """Directions of length 1, (..., D), refusing zero."""
-    norm = mx.linalg.norm(direction, axis=-1, keepdims=True)
-    if settled(norm) and (norm == 0).any().item():
+    largest = mx.max(mx.abs(direction), axis=-1, keepdims=True)
+    if settled(largest) and (largest == 0).any().item():
         raise ValueError(f"{what} is zero: a direction has a length.")
-    return direction / norm
+    direction = direction / mx.stop_gradient(largest)  # squares of very long or short ones leave float32
+    return direction / mx.linalg.norm(direction, axis=-1, keepdims=True)
 
 
 def _orthonormal(directions: mx.array, what: str) -> mx.array:
@@ -27,7 +28,7 @@ def _orthonormal(directions: mx.array, what: str) -> mx.array:
     if rows.shape[0] == 1:
         return unit  # one direction stays differentiable
     q, r = np.linalg.qr(np.array(unit, dtype=np.float64).T)
-    if np.abs(np.diag(r)).min() < 1e-6:
+    if rows.shape[0] > rows.shape[1] or np.abs(np.diag(r)).min() < 1e-6:
         raise ValueError(f"{what} has linearly dependent rows: give {rows.shape[0]} independent directions, or fewer.")
     return mx.array(q.T.astype(np.float32))
 
@@ -50,6 +51,7 @@ class AddVector(Intervention):
     vector: Any
     strength: Any = 1.0
     preserve_norm: bool = False
+    per_token: ClassVar[tuple[str, ...]] = ("vector",)
 
     def __post_init__(self) -> None:
         self._set(vector=tensor(self.vector, "add_vector: the vector"))
@@ -111,6 +113,7 @@ class MeanReplace(Intervention):
     mean: Any
     direction: Any = None
     strength: Any = 1.0
+    per_token: ClassVar[tuple[str, ...]] = ("mean",)
 
     def __post_init__(self) -> None:
         self._set(mean=tensor(self.mean, "mean_replace: the mean"))
@@ -151,12 +154,14 @@ class ZeroOut(Intervention):
 class ReplaceWith(Intervention):
     """Put another run's activation in place of x: ``x'_p = x_p + s·(a_q − x_p)`` (activation patching).
 
-    A value of several tokens is laid along the prompt: ``align="end"`` puts its last token on the last prompt token,
-    ``"start"`` its first on position 0, ``"strict"`` demands equal lengths. Tokens that it doesn't cover stay.
+    The value is one for every touched token, or one per token. That is laid along the prompt: ``align="end"`` puts its
+    last token on the last prompt token, ``"start"`` its first on position 0, ``"strict"`` demands equal lengths. Tokens
+    that it doesn't cover stay.
     Vig et al. 2020, arXiv 2004.12265; Meng et al. 2022, arXiv 2202.05262.
 
     Args:
-        value: a, (D,) for every touched token, (tokens, D), or (1, tokens, D).
+        value: a, (D,) for every touched token, (tokens, D), or (1, tokens, D) as a trace gives it; at ``attn.heads``
+            with (heads, head_dim) in place of D.
         align: how the value's tokens are laid along the prompt's.
         strength: s.
     """
@@ -168,26 +173,31 @@ class ReplaceWith(Intervention):
     def __post_init__(self) -> None:
         if self.align not in ("end", "start", "strict"):
             raise ValueError(f"replace_with: align is 'end', 'start' or 'strict', not {self.align!r}.")
-        value = tensor(self.value, "replace_with: the value")
-        if value.ndim == 3 and value.shape[0] == 1:
-            value = value[0]
-        if value.ndim > 2:
-            raise ValueError(f"replace_with: the value is (D,), (tokens, D) or (1, tokens, D), not {value.shape}.")
-        self._set(value=value)
+        self._set(value=tensor(self.value, "replace_with: the value"))
         super().__post_init__()
 
     def formula(self, x: mx.array, strength: float | mx.array, where: Where) -> mx.array:
-        if self.value.ndim == 1:
-            source: mx.array = mx.broadcast_to(self.value, x.shape)
+        value, axes = self.value, x.ndim - 2
+        if value.ndim == axes + 2 and value.shape[0] == 1:
+            value = value[0]
+        features = min(value.ndim, axes)
+        if value.ndim > axes + 1 or value.shape[value.ndim - features :] != x.shape[x.ndim - features :]:
+            raise ValueError(
+                f"replace_with at {where.key}: the value has shape {self.value.shape}, the activation {x.shape}; it "
+                f"takes {x.shape[2:]}, (tokens, *{x.shape[2:]}) or (1, tokens, *{x.shape[2:]})."
+            )
+        if value.ndim <= axes:
+            source: mx.array = mx.broadcast_to(value, x.shape)
             return self._blend(x, source, strength)
-        tokens, count = where.tokens, self.value.shape[0]
-        offsets = np.array([self._offset(p.needed("replace_with's alignment")) for p in tokens.prompts])
+        tokens, count = where.tokens, value.shape[0]
+        offsets = np.array([self._offset(p.needed("replace_with's alignment"), count) for p in tokens.prompts])
         index = np.add.outer(tokens.starts, np.arange(tokens.width)) - offsets[:, None]
         covered = (index >= 0) & (index < count)
         if not covered.any():
             return x
-        source = self.value[mx.array(np.clip(index, 0, count - 1))]
-        return mx.where(mx.array(covered)[..., None], self._blend(x, source, strength).astype(x.dtype), x)
+        source = value[mx.array(np.clip(index, 0, count - 1))]
+        inside = mx.array(covered).reshape(*covered.shape, *(1,) * axes)
+        return mx.where(inside, self._blend(x, source, strength).astype(x.dtype), x)
 
     @staticmethod
     def _blend(x: mx.array, source: mx.array, strength: float | mx.array) -> mx.array:
@@ -195,8 +205,7 @@ class ReplaceWith(Intervention):
             return source.astype(x.dtype)
         return x + (strength * (source - x.astype(mx.float32))).astype(x.dtype)
 
-    def _offset(self, prompt: int) -> int:
-        count = self.value.shape[0]
+    def _offset(self, prompt: int, count: int) -> int:
         if self.align == "strict" and count != prompt:
             raise PositionError(
                 f"replace_with(align='strict'): the value has {count} tokens, the prompt {prompt}; align='end' or "
@@ -217,6 +226,10 @@ class Scale(Intervention):
 
     factor: float
     strength: Any = 1.0
+
+    def __post_init__(self) -> None:
+        self._set(factor=number(self.factor, "scale: the factor"))
+        super().__post_init__()
 
     def formula(self, x: mx.array, strength: float | mx.array, where: Where) -> mx.array:
         return x.astype(mx.float32) * (1 + strength * (self.factor - 1))
@@ -242,10 +255,13 @@ class Clamp(Intervention):
     strength: Any = 1.0
 
     def __post_init__(self) -> None:
+        for name in ("low", "high"):
+            if getattr(self, name) is not None:
+                self._set(**{name: number(getattr(self, name), f"clamp: {name}")})
         if self.low is None and self.high is None:
             raise ValueError("clamp: give low, high or both.")
         if self.low is not None and self.high is not None and self.low > self.high:
-            raise ValueError(f"clamp: low {self.low} lies above high {self.high}.")
+            raise ValueError(f"clamp: low {self.low:g} lies above high {self.high:g}.")
         if self.along is not None:
             along = tensor(self.along, "clamp: along")
             if along.ndim != 1:
@@ -257,7 +273,8 @@ class Clamp(Intervention):
     def formula(self, x: mx.array, strength: float | mx.array, where: Where) -> mx.array:
         wide = x.astype(mx.float32)
         if self.along is None:
-            return wide + strength * (mx.clip(wide, self.low, self.high) - wide)
+            clipped = mx.clip(wide, self.low, self.high)
+            return clipped if isinstance(strength, float) and strength == 1.0 else wide + strength * (clipped - wide)
         unit = self._cache["unit"]
         along = mx.sum(wide * unit, axis=-1, keepdims=True)
         return wide + strength * (mx.clip(along, self.low, self.high) - along) * unit
@@ -280,6 +297,13 @@ class Noise(Intervention):
     std: float
     seed: int = 0
     strength: Any = 1.0
+
+    def __post_init__(self) -> None:
+        seed = number(self.seed, "noise: the seed")
+        if not seed.is_integer() or not 0 <= seed < 2**32:
+            raise ValueError(f"noise: the seed is a whole number from 0 to 2³² − 1, not {self.seed}.")
+        self._set(std=number(self.std, "noise: std"), seed=int(seed))
+        super().__post_init__()
 
     def formula(self, x: mx.array, strength: float | mx.array, where: Where) -> mx.array:
         layer = 0xFFFF if where.layer is None else where.layer
