@@ -492,7 +492,7 @@ def test_gradients_flow_to_a_steering_vector(bits: int | None) -> None:
 @pytest.mark.parametrize(
     ("at", "message"),
     [
-        ("generated", "every token of a trace is prompt"),
+        ("generated", "every token of a trace"),
         (7, "behind the prompt, which has 7 tokens"),
         (-8, "before the prompt, which has 7 tokens"),
         ("everywhere", "the names are all, prompt"),
