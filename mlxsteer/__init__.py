@@ -2,7 +2,7 @@
 
 from mlxsteer import datasets, interventions
 from mlxsteer.extraction import extract, mean_activations
-from mlxsteer.generation import Generation
+from mlxsteer.generation import Generation, NothingTouched
 from mlxsteer.hooks import NeverFired
 from mlxsteer.model import ContextLengthWarning, InterpretableModel
 from mlxsteer.pairs import ContrastPair
@@ -20,6 +20,7 @@ __all__ = [
     "InterpretableModel",
     "LostWrite",
     "NeverFired",
+    "NothingTouched",
     "PositionError",
     "SteeredCacheError",
     "SteeringVector",

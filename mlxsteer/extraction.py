@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlxsteer.model import InterpretableModel
-from mlxsteer.pairs import ContrastPair, in_split
+from mlxsteer.pairs import ContrastPair, checked, in_split
 from mlxsteer.positions import At, Position
 from mlxsteer.sites import Site, UnknownKey
 from mlxsteer.trace import Trace
@@ -120,12 +120,10 @@ def extract(
         A `SteeringVector` with one direction per layer.
 
     Raises:
+        TypeError: they are no contrast pairs.
         ValueError: there is no pair.
     """
-    chosen = list(pairs)
-    if not chosen:
-        raise ValueError("there are no contrast pairs to compute a vector from.")
-    chosen = in_split(chosen, "train")
+    chosen = in_split(checked(pairs), "train")
     texts = [
         (pair.prompt + side, sign) for pair in chosen for side, sign in ((pair.positive, 1.0), (pair.negative, -1.0))
     ]

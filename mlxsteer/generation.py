@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.generate import BatchGenerator, GenerationResponse, stream_generate
+import numpy as np
+from mlx_lm.generate import (
+    BatchGenerator,
+    GenerationResponse,
+    generate_step,
+    speculative_generate_step,
+    stream_generate,
+)
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -51,6 +61,18 @@ class Generation(str):
         return made
 
 
+class NothingTouched(UserWarning):
+    """A generation ended, and an intervention's positions lay nowhere in it."""
+
+
+def outside() -> int:
+    """The stack level of the first caller outside this package, so that a warning names the user's line."""
+    frame, level = inspect.currentframe(), 0
+    while frame is not None and frame.f_globals.get("__name__", "").split(".")[0] == "mlxsteer":
+        frame, level = frame.f_back, level + 1
+    return level
+
+
 def sampler_of(
     sampler: Callable[[mx.array], mx.array] | None, seed: int | None, options: Mapping[str, Any]
 ) -> Callable[[mx.array], mx.array] | None:
@@ -69,6 +91,23 @@ def sampler_of(
             raise ValueError(f"temp={knobs['temp']}: a temperature is 0 (greedy) or more.")
         return make_sampler(**knobs)
     return sampler
+
+
+def check_options(options: Mapping[str, Any], *, batch: bool) -> None:
+    """Refuse a generation option that mlx-lm doesn't have, before anything runs.
+
+    Raises:
+        TypeError: with the nearest option there is.
+    """
+    sources = (BatchGenerator.__init__,) if batch else (generate_step, speculative_generate_step, stream_generate)
+    known = {name for source in sources for name in inspect.signature(source).parameters}
+    known -= {"self", "model", "prompt", "tokenizer", "stream", "kwargs", "stop_tokens"}
+    ours = {"max_tokens", "temp", "top_p", "top_k", "min_p", "seed", "sampler", "logprobs", "interventions"}
+    for name in options:
+        if name not in known:
+            near = "temp" if name == "temperature" else ", ".join(difflib.get_close_matches(name, known | ours, n=2))
+            where = " for a list of prompts" if batch else ""
+            raise TypeError(f"no generation option {name!r}{where}." + (f" Nearest: {near}." if near else ""))
 
 
 def _prompt(tokens: Sequence[int], seen: int, decode: Callable[[list[int]], str] | None) -> Prompt:
@@ -184,11 +223,21 @@ def _text(tokenizer: TokenizerWrapper, tokens: Sequence[int]) -> str:
 def _touched(
     steerings: Sequence[Steering], tokens: Sequence[int], count: int, tokenizer: TokenizerWrapper
 ) -> list[bool]:
-    """Which tokens of a sequence any of the steerings acted on."""
+    """Which tokens of a sequence any of the steerings acted on; warns of an intervention that acted on none."""
     width = len(tokens) + count
     row = Tokens([0], [width], width, [Prompt(len(tokens), list(tokens), tokenizer.decode)])
-    marks = [row.marks(0, at) for s in steerings if s.strength for at in s.positions()]
-    return [any(m[i] for m in marks) for i in range(width)]
+    touched = np.zeros(width, bool)
+    for site, part in ((site, p) for s in steerings if s.strength for site, i in s.edits for p in i.parts()):
+        if isinstance(part.strength, float) and not part.strength:
+            continue
+        marks = row.marks(0, part.at)
+        if not marks.any():
+            message = (
+                f"{part.name} at {site.key} touched no token: at={part.at.written()!r} lies nowhere in {width} tokens."
+            )
+            warnings.warn(message, NothingTouched, stacklevel=outside())
+        touched |= marks
+    return touched.tolist()
 
 
 def generate_batch(

@@ -93,6 +93,14 @@ class InterpretableModel:
         kind = getattr(self.model, "model_type", type(self.model).__name__)
         return f"InterpretableModel({self.name!r}: {kind}, {len(self._sites.blocks)} layers{hidden}{quantized})"
 
+    def __call__(self, *_: Any, **__: Any) -> None:
+        """Refused: a forward is run by `trace`, or by the model itself.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError("this is the wrapper; the model itself, for mlx-lm's functions and for a call, is its .model.")
+
     # -- names and tokens ----------------------------------------------------------------------------------------
 
     def sites(self, pattern: str | Sequence[str] | None = None) -> list[str]:
@@ -125,6 +133,10 @@ class InterpretableModel:
         elif isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping):
             tokens = self._encode_chat(prompt)  # type: ignore[arg-type]
         else:
+            if not isinstance(prompt, Sequence) and not hasattr(prompt, "tolist"):
+                raise TypeError(
+                    f"a prompt is a string, a list of token ids, or a list of chat messages, not {prompt!r}."
+                )
             values: Any = prompt.tolist() if hasattr(prompt, "tolist") else list(prompt)
             if any(not isinstance(t, int) or isinstance(t, bool) for t in values):
                 raise TypeError("a prompt is a string, a list of token ids, or a list of chat messages.")
@@ -173,7 +185,7 @@ class InterpretableModel:
                 message = (
                     f"the prompt has {count} tokens, the model was made for {limit}: what follows may be nonsense."
                 )
-                warnings.warn(message, ContextLengthWarning, stacklevel=4)
+                warnings.warn(message, ContextLengthWarning, stacklevel=generation.outside())
                 return
 
     def _encode_many(self, prompt: Any) -> tuple[list[list[int]], bool]:
@@ -184,8 +196,14 @@ class InterpretableModel:
             if not prompt:
                 raise ValueError("the prompt is empty: give a text, token ids, chat messages, or a list of these.")
             if isinstance(prompt[0], (str, list, tuple, mx.array)):
-                return [self.encode(one) for one in prompt], True
+                return [self._encode_row(one, row) for row, one in enumerate(prompt)], True
         return [self.encode(prompt)], False
+
+    def _encode_row(self, prompt: Text, row: int) -> list[int]:
+        try:
+            return self.encode(prompt)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"prompt {row}: {error}") from error
 
     def decode(self, tokens: Sequence[int] | mx.array) -> str:
         """The text of token ids, special tokens included."""
@@ -314,15 +332,18 @@ class InterpretableModel:
         return OpenSteering(self._sites, steerings, _told(prompt_tokens, decode))
 
     def edit(self, interventions: Mapping[str, Any] | None = None) -> Any:
-        """A model that is steered for good and shares all its weights with this one, which stays untouched.
+        """A model that is steered for as long as it lives and shares all weights with this one, which stays untouched.
 
         Args:
             interventions: a key dict. Without one, a block in which edits are written in place, once, to hold for
                 every forward: ``with model.edit() as edited: edited.layers[5].output[:, -1] += v``.
 
         Returns:
-            The edited `InterpretableModel`, or a context manager that gives it. Its `model` is steered in any
-            mlx-lm function. In an inline edit a token index means what it means in `at=`: -1 is ``"last"``.
+            The edited `InterpretableModel`, or a context manager that gives it. Its `model` is steered in every
+            mlx-lm function too; there, positions that need the prompt (``"last"``, ``after(...)``, negative ones) are
+            refused, since other code doesn't say where the prompt ends: use the edited model's own `generate` and
+            `stream`. In an inline edit the token index -1 means the newest token, ``"last"``; any other one is
+            absolute, as in `at=`. To keep an edit in a file, save its key dict (`interventions.save`).
         """
         if interventions is not None:
             Steering.of(self._sites, interventions)  # refuse what doesn't fit before copying anything
@@ -390,6 +411,7 @@ class InterpretableModel:
         """
         tokenizer = self._needed_tokenizer("generation")
         prompts, many = self._encode_many(prompt)
+        generation.check_options(options, batch=many)
         options["sampler"] = generation.sampler_of(
             sampler, seed, {"temp": temp, "top_p": top_p, "top_k": top_k, "min_p": min_p}
         )
@@ -425,6 +447,7 @@ class InterpretableModel:
         prompts, many = self._encode_many(prompt)
         if many:
             raise ValueError("stream takes one prompt; generate([...]) runs several as a batch.")
+        generation.check_options(options, batch=False)
         steering = self._row_steerings(interventions, 1)[0]
         knobs = {"temp": temp, "top_p": top_p, "top_k": top_k, "min_p": min_p}
         options |= {"sampler": generation.sampler_of(sampler, seed, knobs), "max_tokens": max_tokens}
@@ -455,6 +478,14 @@ class OpenSteering:
         self._plan = Plan(sites, steerings=list(steerings), adopt=True, prompts=prompts)
         self._context: Any = None
         self._owner: int | None = None
+        self._opened = False
+
+    def __del__(self) -> None:
+        if not getattr(self, "_opened", True):
+            message = (
+                "model.steer(...) was never opened and steered nothing: use it in a `with` block, or call enable()."
+            )
+            warnings.warn(message, stacklevel=2)
 
     def __getitem__(self, name: str) -> Steering:
         if name not in self._steerings:
@@ -476,6 +507,7 @@ class OpenSteering:
     def __enter__(self) -> OpenSteering:
         if self._context is not None or self._owner is not None:
             raise RuntimeError("this steering is in force already; make another one with model.steer(...).")
+        self._opened = True
         self._context = attached(self._plan)
         self._context.__enter__()
         return self
@@ -489,6 +521,7 @@ class OpenSteering:
     def enable(self) -> OpenSteering:
         """Put it in force in this thread, without a block, until `disable()`."""
         if self._context is None and self._owner is None:
+            self._opened = True
             self._owner = enable(self._plan)
         return self
 

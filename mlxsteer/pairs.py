@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 SPLITS = ("train", "choose", "report")
@@ -13,10 +13,12 @@ SPLITS = ("train", "choose", "report")
 class ContrastPair:
     """Two completions of one prompt that differ in one behaviour.
 
+    The texts are joined as they stand: a completion that goes on after a word begins with a space.
+
     Attributes:
-        prompt: what both begin with.
-        positive: the completion that shows the behaviour.
-        negative: the completion that shows its opposite.
+        prompt: what both begin with, such as ``"The soup was"``.
+        positive: the completion that shows the behaviour, such as ``" delicious."``.
+        negative: the completion that shows its opposite, such as ``" awful."``.
         split: ``"train"``, ``"choose"`` or ``"report"``, or None where there are no splits.
     """
 
@@ -35,6 +37,24 @@ class ContrastPair:
             raise ValueError(f"both sides of a contrast pair are {self.positive!r}: there is no contrast.")
         if self.split is not None and self.split not in SPLITS:
             raise ValueError(f"a split is one of {', '.join(SPLITS)}, not {self.split!r}.")
+
+
+def checked(pairs: Iterable[ContrastPair]) -> list[ContrastPair]:
+    """The pairs as a list.
+
+    Raises:
+        TypeError: they aren't contrast pairs.
+        ValueError: there are none.
+    """
+    if isinstance(pairs, str):
+        raise TypeError(f"contrast pairs are a list of ContrastPair; a shipped set is datasets.load({pairs!r}).")
+    chosen = list(pairs)
+    for pair in chosen:
+        if not isinstance(pair, ContrastPair):
+            raise TypeError(f"contrast pairs are a list of ContrastPair(prompt, positive, negative), not {pair!r}.")
+    if not chosen:
+        raise ValueError("there are no contrast pairs: give at least one contrast pair.")
+    return chosen
 
 
 def in_split(pairs: Sequence[ContrastPair], split: str) -> list[ContrastPair]:

@@ -17,7 +17,7 @@ import mlx.nn as nn
 
 from mlxsteer.interventions.base import Intervention, Where, tensor
 from mlxsteer.sites import SiteMap
-from mlxsteer.trace import LostWrite, innermost
+from mlxsteer.trace import LostWrite, check_index, innermost
 
 
 class Place:
@@ -67,12 +67,20 @@ class Place:
         module = self.module
         if hasattr(module, name):
             return getattr(module, name)
-        names = [k[len(self._key) + 1 :] for k in self._sites.modules if k.startswith(self._key + ".")]
-        near = difflib.get_close_matches(name, names, n=3) or names[:3]
+        near = difflib.get_close_matches(name, self.__dir__(), n=3) or self._parts()[:3]
         raise AttributeError(f"{self._key} has no part called {name!r}. Nearest: {', '.join(near) or 'none'}.")
 
     def __getitem__(self, index: int) -> Place:
         return Place(self._sites, f"{self._key}.{index}")
+
+    def _parts(self) -> list[str]:
+        """The names of the sub-modules, role names of a block among them."""
+        begin = self._key + "."
+        names = [key[len(begin) :].split(".")[0] for key in self._sites.modules if key.startswith(begin)]
+        return list(dict.fromkeys([*(["attn", "mlp"] if self._key.count(".") == 1 else []), *names]))
+
+    def __dir__(self) -> list[str]:
+        return ["output", "input", "heads", "module", *self._parts()]
 
     def __repr__(self) -> str:
         return f"<{self._key}>"
@@ -158,6 +166,7 @@ class Write(Intervention):
 
     def formula(self, x: mx.array, strength: float | mx.array, where: Where) -> mx.array:
         index = (slice(None), slice(None), *self.channels)
+        check_index(index, x.shape, where.key)
         part = x[index]
         value = self.value.astype(x.dtype) if isinstance(self.value, mx.array) else self.value
         new = _OPERATIONS[self.operation](part, value).astype(x.dtype)
@@ -268,5 +277,5 @@ def _split(index: Any) -> tuple[Any, tuple[Any, ...]]:
         at = "last" if token == -1 else token  # the newest token: the prompt's last, then each generated one
     channels = tuple(p for p in parts[2:])
     if any(isinstance(c, (int,)) for c in channels):
-        channels = tuple(slice(c, c + 1 or None) if isinstance(c, int) else c for c in channels)
+        channels = tuple(slice(c, c + 1 or None) if isinstance(c, int) else c for c in channels)  # keep the axes
     return at, channels

@@ -28,6 +28,8 @@ NAMES = ("all", "prompt", "generated", "last", "first")
 class after:  # noqa: N801 - reads as a word: at=after("[/INST]")
     """From the token after the last occurrence of `text` in the prompt on, and everything generated.
 
+    Where the text ends the prompt, as a chat template's last tag does, the first token touched is the first generated
+    one, which was chosen before; give the tag before it, or ``"last"``, to act on the choice of the first token too.
     This is where contrastive activation addition steers: everything after the instruction (Rimsky et al. 2024,
     arXiv 2312.06681).
 
@@ -213,8 +215,11 @@ class Position:
         return (range(0, end),) if name == "prompt" else (range(end, FOREVER),)
 
     def _after(self, prompt: Prompt) -> tuple[range, ...]:
-        prompt.needed(f"after({self.value!r})")
-        return (range(_end_of(self.value, prompt), FOREVER),)
+        length = prompt.needed(f"after({self.value!r})")
+        start = _end_of(self.value, prompt)
+        if prompt.whole and start >= length:
+            raise PositionError(f"at=after({self.value!r}): nothing comes after it in this trace, it ends the prompt.")
+        return (range(start, FOREVER),)
 
     def _ints(self, prompt: Prompt) -> tuple[range, ...]:
         return tuple(range(p, p + 1) for p in sorted({self._absolute(i, prompt) for i in self.value}))

@@ -159,6 +159,10 @@ class SiteMap:
         """
         if not isinstance(key, str):
             raise TypeError(f"a key is a string such as 'layers.5.mlp', not {type(key).__name__}")
+        if "*" in key or re.search(r"(^|\.)layers\.\d+-\d", key):
+            raise UnknownKey(
+                f"{key!r} names several places, and one is asked for here; model.sites({key!r}) lists them."
+            )
         path, call = self._split_call(key)
         port, heads = "output", path.endswith(".heads")
         if heads:

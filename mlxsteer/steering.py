@@ -49,6 +49,8 @@ class Steering:
             UnknownKey: a key names no place.
             ValueError: a constant doesn't fit the place.
         """
+        if hasattr(interventions, "directions") and hasattr(interventions, "at"):
+            raise TypeError("a SteeringVector says where and how strongly it acts by vector.at(layer, strength=...).")
         if not isinstance(interventions, Mapping):
             raise TypeError(
                 "interventions are a dict from keys to interventions, such as {'layers.5': add_vector(v)}, not "

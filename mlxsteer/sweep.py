@@ -8,13 +8,14 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from rich.console import Console
 from rich.table import Table
 
 from mlxsteer.hooks import Plan, activation, alias, attached, with_activation
 from mlxsteer.interventions import AddVector
-from mlxsteer.interventions.base import Where
+from mlxsteer.interventions.base import Where, number
 from mlxsteer.model import InterpretableModel
-from mlxsteer.pairs import ContrastPair
+from mlxsteer.pairs import ContrastPair, checked
 from mlxsteer.positions import At, Prompt, Tokens
 from mlxsteer.sites import Site
 from mlxsteer.vectors import SteeringVector
@@ -35,8 +36,19 @@ class Sweep:
     layers: list[int]
     strengths: list[float]
 
-    def table(self) -> Table:
-        """The mean effect over pairs as a table for the terminal; layers down, strengths across."""
+    def __repr__(self) -> str:
+        layers, strengths, pairs = self.effect.shape
+        return f"Sweep({layers} layers × {strengths} strengths × {pairs} pairs)"
+
+    def table(self) -> str:
+        """The mean effect over pairs as a table in plain text; layers down, strengths across."""
+        console = Console(width=100, no_color=True, force_terminal=False)
+        with console.capture() as capture:
+            console.print(self)
+        return capture.get().rstrip()
+
+    def __rich__(self) -> Table:
+        """The same for a terminal that shows colours."""
         mean = self.effect.mean(axis=2)
         table = Table(title="log P(positive) − log P(negative), mean over pairs, in nats")
         table.add_column("layer", justify="right")
@@ -107,8 +119,8 @@ def sweep(
     vector: SteeringVector,
     pairs: Iterable[ContrastPair],
     *,
-    layers: str | Sequence[int] = "all",
-    strengths: Sequence[float] = (-2.0, -1.0, 0.0, 1.0, 2.0),
+    layers: str | int | Sequence[int] = "all",
+    strengths: float | Sequence[float] = (-2.0, -1.0, 0.0, 1.0, 2.0),
     at: At = -1,
     progress: Callable[[int, int], None] | None = None,
 ) -> Sweep:
@@ -133,15 +145,18 @@ def sweep(
     Raises:
         ValueError: there are no pairs or no strengths, or the vector lacks a layer.
     """
-    chosen = list(pairs)
-    if not chosen or not len(strengths):
-        raise ValueError("a sweep needs at least one contrast pair and one strength.")
-    wanted = list(vector) if isinstance(layers, str) else [int(layer) for layer in layers]
+    chosen = checked(pairs)
+    strengths = [number(s, "a strength") for s in np.atleast_1d(np.asarray(strengths))]
+    if not strengths:
+        raise ValueError("a sweep needs at least one strength.")
+    if isinstance(layers, str) and layers != "all":
+        raise ValueError(f"layers are 'all', a layer, or a list of layers, not {layers!r}.")
+    wanted = list(vector) if isinstance(layers, str) else [int(layer) for layer in np.atleast_1d(np.asarray(layers))]
     for layer in wanted:
         vector.at(layer)  # refuse a missing layer before anything runs
     rows, prompts = _rows(model, chosen)
     scan = _Scan(model, rows, prompts)
-    moving = [float(s) for s in strengths if s]
+    moving = [s for s in strengths if s]
     effect = np.zeros((len(wanted), len(strengths), len(chosen)))
     for i, layer in enumerate(wanted):
         moved = iter(scan.edited(vector, layer, moving, at) if moving else [])
@@ -149,7 +164,7 @@ def sweep(
             effect[i, j] = next(moved) if strength else scan.clean
         if progress is not None:
             progress(i + 1, len(wanted))
-    return Sweep(effect, wanted, [float(s) for s in strengths])
+    return Sweep(effect, wanted, strengths)
 
 
 class _Scan:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import Any
 
@@ -28,7 +28,7 @@ from mlxsteer.hooks import (
     with_activation,
 )
 from mlxsteer.interventions.base import Function
-from mlxsteer.positions import Position, Prompt, Tokens
+from mlxsteer.positions import Position, PositionError, Prompt, Tokens
 from mlxsteer.sites import Site, SiteMap, UnknownKey
 from mlxsteer.steering import Steering
 
@@ -42,6 +42,27 @@ _traces: weakref.WeakValueDictionary[int, Trace] = weakref.WeakValueDictionary()
 
 
 # -- arrays that know their trace ----------------------------------------------------------------------------------
+
+
+def check_index(index: Any, shape: tuple[int, ...], key: str) -> None:
+    """Refuse an index that lies outside an activation, which MLX would clip or wrap in silence.
+
+    Raises:
+        IndexError: with the key and the shape.
+    """
+    parts = index if isinstance(index, tuple) else (index,)
+    if Ellipsis in [p for p in parts if p is Ellipsis]:
+        cut = next(i for i, p in enumerate(parts) if p is Ellipsis)
+        parts = (*parts[:cut], *(slice(None),) * (len(shape) - len(parts) + 1), *parts[cut + 1 :])
+    if any(p is None or isinstance(p, (mx.array, np.ndarray, list, bool)) for p in parts):
+        return
+    if len(parts) > len(shape):
+        raise IndexError(f"{key} has shape {shape}: an index of {len(parts)} axes is too long.")
+    for part, size in zip(parts, shape, strict=False):
+        single = isinstance(part, slice) and part.start is not None and part.stop in (part.start + 1, None)
+        number = part.start if single else part
+        if isinstance(number, int) and not -size <= number < size:
+            raise IndexError(f"{key} has shape {shape}: index {number} lies outside an axis of {size}.")
 
 
 def _plain(x: mx.array) -> mx.array:
@@ -68,8 +89,10 @@ class Activation(mx.array):
         return alias(self)
 
     def __getitem__(self, index: Any) -> mx.array:
-        part = super().__getitem__(index)
         trace = _traces.get(id(self))
+        if trace is not None:
+            trace.check_index(self, index)
+        part = super().__getitem__(index)
         if trace is not None and not trace.closed:
             part = _handle(part, ActivationSlice)
             trace.keep_slice(part)
@@ -78,10 +101,12 @@ class Activation(mx.array):
     def __setitem__(self, index: Any, value: Any) -> None:
         trace = _trace_of(self)
         trace.before_write(self)
+        trace.check_index(self, index)
         if isinstance(value, mx.array):
             trace.pending.pop(id(value), None)
             value = alias(value).astype(self.dtype)
-        super().__setitem__(index, value)
+        with trace.shapes_of(self, value):
+            super().__setitem__(index, value)
         trace.written(self)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -117,7 +142,8 @@ def _in_place(name: str) -> Callable[[Any, Any], Any]:
         if isinstance(other, mx.array):
             trace.pending.pop(id(other), None)
             other = alias(other).astype(self.dtype)  # an activation keeps its dtype, as it does in an intervention
-        plain(self, other)
+        with trace.shapes_of(self, other):
+            plain(self, other)
         if isinstance(self, Activation):
             trace.written(self)
         else:
@@ -210,6 +236,10 @@ class Trace:
         self._pins: dict[Site, mx.array] = {}  # places edited inline → their value
         self._keys: list[str] | None = None
 
+    def __repr__(self) -> str:
+        state = "closed" if self.closed else "open"
+        return f"<trace of {len(self.lengths)} prompts, {sum(self.lengths)} tokens; {state}>"
+
     # -- the block -------------------------------------------------------------------------------------------------
 
     def __enter__(self) -> Trace:
@@ -239,16 +269,13 @@ class Trace:
         self.write(self._logits, value)
 
     def read(self, site: Site) -> Any:
-        """The activation at a place: an `Activation` while the trace is open, a plain array afterwards.
+        """The activation at a place; writing to it is an edit while the trace is open, and refused afterwards.
 
         Raises:
             NeverFired: the place's module doesn't run in this model's forward.
         """
         if site not in self._whole:
             self._stage([site])
-        if self.closed:
-            handle = self._handles.get(site)
-            return alias(handle if handle is not None else activation(self._whole[site], site))
         if site not in self._handles:
             handle = self._handles[site] = _handle(activation(self._whole[site], site), Activation)
             self._given.append(handle)
@@ -292,6 +319,35 @@ class Trace:
         handle = self.read(site)
         if value is not handle:
             handle[...] = value
+
+    def check_index(self, handle: Activation, index: Any) -> None:
+        """Refuse an index outside the activation, and one that would mean padding in some row.
+
+        Raises:
+            IndexError: it lies outside an axis.
+            PositionError: rows have different lengths, and a single or negative token index is padding in some.
+        """
+        key = next((s.key for s, h in self._handles.items() if h is handle), "this activation")
+        check_index(index, handle.shape, key)
+        if min(self.lengths) == max(self.lengths) or handle.ndim < 2 or not isinstance(index, tuple) or len(index) < 2:
+            return
+        token = index[1]
+        negative = isinstance(token, slice) and any(p is not None and p < 0 for p in (token.start, token.stop))
+        if negative or (isinstance(token, int) and not 0 <= token < min(self.lengths)):
+            raise PositionError(
+                f"the rows have {', '.join(map(str, self.lengths))} tokens, so token index {token} is padding in some: "
+                "trace.last(key) reads each row's last token, and an intervention with at='last' writes there."
+            )
+
+    @contextmanager
+    def shapes_of(self, handle: mx.array, value: Any) -> Iterator[None]:
+        """Say where it was when a value doesn't fit an activation."""
+        try:
+            yield
+        except ValueError as error:
+            key = next((s.key for s, h in self._handles.items() if h is handle), "a part of an activation")
+            given = value.shape if isinstance(value, mx.array) else value
+            raise ValueError(f"the value of shape {given} doesn't fit {key}, of shape {handle.shape}.") from error
 
     def keep_slice(self, part: ActivationSlice) -> None:
         """Remember whose slice this is."""
@@ -426,6 +482,9 @@ class Recording(Mapping[str, list[mx.array]]):
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._seen)
+
+    def __repr__(self) -> str:
+        return f"<recording of {', '.join(f'{key}: {len(steps)} forwards' for key, steps in self._seen.items())}>"
 
     def __len__(self) -> int:
         return len(self._seen)

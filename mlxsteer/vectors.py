@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlxsteer.interventions import AddVector
-from mlxsteer.interventions.base import tensor
+from mlxsteer.interventions.base import number, tensor
 from mlxsteer.interventions.files import read_tensors, write_whole
 from mlxsteer.positions import At
 
@@ -81,13 +81,16 @@ class SteeringVector:
     # -- steering --------------------------------------------------------------------------------------------------
 
     def at(
-        self, layers: int | Sequence[int] | Mapping[int, float], strength: float = 1.0, at: At = "all"
+        self,
+        layers: int | Sequence[int] | Mapping[int, float],
+        strength: float | Sequence[float] = 1.0,
+        at: At = "all",
     ) -> dict[str, AddVector]:
         """A key dict that adds the vector.
 
         Args:
             layers: a layer, several, or layer → strength.
-            strength: multiplies them all.
+            strength: multiplies them all; a number, or one per row of a batch.
             at: which tokens.
         """
         if isinstance(layers, Mapping):
@@ -95,8 +98,12 @@ class SteeringVector:
         else:
             chosen = [layers] if hasattr(layers, "__index__") and not hasattr(layers, "__len__") else layers
             strengths = dict.fromkeys(chosen, 1.0)  # type: ignore[arg-type]
+        rows = [number(s, "a strength") for s in strength] if isinstance(strength, (list, tuple)) else None
+        base = number(strength, "a strength") if rows is None else 0.0
         return {
-            self.site.format(layer=int(layer)): AddVector(self[int(layer)], strength * own, at=at)
+            self.site.format(layer=int(layer)): AddVector(
+                self[int(layer)], base * own if rows is None else [row * own for row in rows], at=at
+            )
             for layer, own in strengths.items()
         }
 

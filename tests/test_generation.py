@@ -15,7 +15,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tiny import by_hand, logprobs
 
-from mlxsteer import InterpretableModel, NeverFired, PositionError, SteeredCacheError, after
+from mlxsteer import InterpretableModel, NeverFired, NothingTouched, PositionError, SteeredCacheError, after
 from mlxsteer import interventions as iv
 
 PROMPT = [7, 31, 52, 18, 77, 23, 9, 64]
@@ -158,6 +158,22 @@ def test_a_stream_is_generate(llama: InterpretableModel) -> None:
     assert whole.finish_reason == "length"
     assert mx.array_equal(whole.logprobs, mx.stack([p.logprobs[p.token] for p in pieces]))
     assert whole.touched == [False] * 7 + [True] * 8
+
+
+def test_an_intervention_that_touched_no_token_is_warned_of(llama: InterpretableModel) -> None:
+    with pytest.warns(
+        NothingTouched, match=r"add_vector at layers\.2 touched no token: at=50 lies nowhere in 11 tokens"
+    ):
+        llama.generate(PROMPT, {f"layers.{LAYER}": iv.add_vector(vector(), at=50)}, max_tokens=3)
+
+
+def test_unknown_options_are_refused_with_the_nearest(llama: InterpretableModel) -> None:
+    with pytest.raises(TypeError, match="'temperature'. Nearest: temp"):
+        llama.generate(PROMPT, temperature=0.5)
+    with pytest.raises(TypeError, match="'max_token'. Nearest: max_tokens"):
+        llama.stream(PROMPT, max_token=2)
+    with pytest.raises(TypeError, match="for a list of prompts"):
+        llama.generate([PROMPT], kv_bits=4)
 
 
 # -- batches ---------------------------------------------------------------------------------------------------------

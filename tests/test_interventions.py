@@ -571,11 +571,11 @@ def test_a_function_that_changes_the_shape_is_refused() -> None:
 
 @pytest.mark.parametrize("bad", [3, None, "add_vector", mx.zeros(3), iv.AddVector, {"layers.0": 1}], ids=repr)
 def test_what_is_no_intervention_is_refused(bad: Any) -> None:
-    with pytest.raises(TypeError, match="an intervention is one of"):
+    with pytest.raises(TypeError, match="an intervention is one of|call it, add_vector"):
         as_intervention(bad)
-    with pytest.raises(TypeError, match="an intervention is one of"):
+    with pytest.raises(TypeError, match="an intervention is one of|call it, add_vector"):
         iv.compose().add(bad)
-    with pytest.raises(TypeError, match=r"an intervention is one of|unsupported operand"):
+    with pytest.raises(TypeError, match=r"an intervention is one of|call it|unsupported operand"):
         iv.zero_out() | bad
 
 

@@ -99,14 +99,18 @@ def test_reading_a_place_runs_no_block_but_its_own(llama: InterpretableModel) ->
     assert calls_of(llama, lambda: trace.activations["norm"]) == []
 
 
-def test_reading_goes_on_after_the_block_and_gives_plain_arrays(llama: InterpretableModel) -> None:
+def test_reading_goes_on_after_the_block_and_writing_does_not(llama: InterpretableModel) -> None:
     with llama.trace(PROMPT) as trace:
         inside = trace.activations["layers.1"]
-    outside = trace.activations["layers.1"]
-    assert type(outside) is mx.array
-    assert mx.array_equal(inside, outside)
-    outside += 1.0  # a plain array of the reader's own
+    outside = trace.activations["layers.2"]
     assert mx.array_equal(inside, trace.activations["layers.1"])
+    assert type(outside + 1.0) is mx.array
+    for handle in (inside, outside):
+        with pytest.raises(LostWrite, match=r"h = mx\.array\(h\)"):
+            handle[:, -1] += 1.0
+    own = mx.array(outside)
+    own += 1.0  # an array of the reader's own
+    assert mx.array_equal(own, trace.activations["layers.2"] + 1.0)
 
 
 def test_a_key_may_be_spelled_in_many_ways(llama: InterpretableModel) -> None:
@@ -449,6 +453,36 @@ def test_per_row_strengths_in_a_batch(llama: InterpretableModel) -> None:
         rows, interventions={"layers.1": iv.add_vector(V, strength=[1.0, 2.0])}
     ):  # fmt: skip
         pass
+
+
+def test_a_token_index_that_is_padding_in_some_row_is_refused(llama: InterpretableModel) -> None:
+    with llama.trace([PROMPT, PROMPT[:3]]) as trace:
+        for index in (-1, 5, slice(-2, None)):
+            with pytest.raises(PositionError, match=r"7, 3 tokens"):
+                trace.activations["layers.1"][:, index]
+            with pytest.raises(PositionError, match="at='last'"):
+                llama.layers[1].output[:, index] += V
+        llama.layers[1].output[:, 1:] += V
+        edited = llama.output.save()
+    with llama.trace([PROMPT, PROMPT[:3]], interventions={"layers.1": iv.add_vector(V, at=slice(1, None))}):
+        assert mx.array_equal(edited[0], llama.output[0])
+        assert mx.array_equal(edited[1, :3], llama.output[1, :3])
+
+
+def test_an_index_outside_an_activation_is_refused(llama: InterpretableModel) -> None:
+    with llama.trace(PROMPT):
+        with pytest.raises(IndexError, match=r"layers\.1\.self_attn\.heads has shape \(1, 7, 4, 16\): index 7"):
+            llama.layers[1].attn.heads[:, :, 7] = 0.0
+        with pytest.raises(IndexError, match="index 40 lies outside"):
+            llama.layers[1].output[:, 40] += V
+        with pytest.raises(ValueError, match=r"the value of shape \(8,\) doesn't fit"):
+            llama.layers[1].output[:, -1] += mx.ones((8,))
+        with pytest.raises(ValueError, match=r"doesn't fit layers\.1, of shape"):
+            llama.layers[1].output[:, -1] = mx.ones((8,))
+    with llama.edit() as edited:
+        edited.layers[1].attn.heads[:, :, 7] = 0.0
+    with pytest.raises(IndexError, match="index 7 lies outside"):
+        edited.model(mx.array([PROMPT]))
 
 
 def test_padding_is_marked(llama: InterpretableModel) -> None:

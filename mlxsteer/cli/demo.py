@@ -67,7 +67,7 @@ def demo(
     ) as (step):
         scan = sweep(loaded, vector, choose, strengths=STRENGTHS, at=POSITION, progress=step)
     layer, strength = scan.best()
-    screen.print(scan.table())
+    screen.print(scan)
     with _bar(progress, f"layer {layer} at ±{strength:g} on {len(report)} pairs never looked at") as step:
         final = sweep(loaded, vector, report, layers=[layer], strengths=(-strength, 0.0, strength), at=POSITION,
                       progress=step)  # fmt: skip

@@ -4,6 +4,8 @@ Every intervention is one pure call ``(x, where) -> x'`` with the shape and dtyp
 identity, bit for bit; strength 1 is the textbook form. ``a | b`` does a, then b.
 """
 
+import difflib
+
 from mlxsteer.interventions.base import (
     Compose,
     Function,
@@ -34,6 +36,13 @@ from mlxsteer.interventions.operators import (
     zero_out,
 )
 from mlxsteer.positions import after
+
+
+def __getattr__(name: str) -> object:
+    near = difflib.get_close_matches(name, __all__, n=3)
+    hint = f" Nearest: {', '.join(near)}." if near else ""
+    raise AttributeError(f"mlxsteer.interventions has no {name!r}.{hint}")
+
 
 __all__ = [
     "Ablate",

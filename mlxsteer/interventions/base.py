@@ -377,6 +377,8 @@ def as_intervention(value: Any) -> Intervention:
         return Compose(tuple(as_intervention(v) for v in value))
     if callable(value) and not isinstance(value, type):
         return Function(value)
+    if isinstance(value, type) and issubclass(value, Intervention):
+        raise TypeError(f"{value.name} is the kind of intervention: call it, {value.name}(...), to make one.")
     raise TypeError(
         f"an intervention is one of mlxsteer.interventions (such as add_vector(v)), a list of them, or a function "
         f"x -> x', not {type(value).__name__}."
@@ -474,8 +476,8 @@ def register(name: str) -> Callable[[_T], _T]:
     """
 
     def enter(cls: _T) -> _T:
-        if not issubclass(cls, Intervention):
-            raise TypeError(f"{cls.__name__} is no subclass of interventions.Intervention.")
+        if not isinstance(cls, type) or not issubclass(cls, Intervention):
+            raise TypeError(f"{getattr(cls, '__name__', cls)} is no subclass of interventions.Intervention.")
         known = _registry.get(name)
         if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
             raise ValueError(f"an intervention called {name!r} is registered already: {known.__name__}.")

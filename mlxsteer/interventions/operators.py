@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import mlx.core as mx
@@ -43,14 +43,14 @@ class AddVector(Intervention):
     arXiv 2312.06681.
 
     Args:
-        vector: v, (D,); at ``attn.heads`` also (heads, head_dim).
+        vector: v, (D,); at ``attn.heads`` (head_dim,) for every head, or (heads, head_dim).
         strength: s.
         preserve_norm: keep each token's norm, computed in float32.
     """
 
     vector: Any
     strength: Any = 1.0
-    preserve_norm: bool = False
+    preserve_norm: bool = field(default=False, kw_only=True)
     per_token: ClassVar[tuple[str, ...]] = ("vector",)
 
     def __post_init__(self) -> None:
@@ -180,6 +180,11 @@ class ReplaceWith(Intervention):
         value, axes = self.value, x.ndim - 2
         if value.ndim == axes + 2 and value.shape[0] == 1:
             value = value[0]
+        elif value.ndim == axes + 1 and value.shape[0] == x.shape[0] > 1:
+            raise ValueError(
+                f"replace_with at {where.key}: a value of {len(value)} rows in a batch of {len(x)} could be one per "
+                "row or one per token. For tokens say value[None]; for rows, patch one prompt at a time, or inline."
+            )
         features = min(value.ndim, axes)
         if value.ndim > axes + 1 or value.shape[value.ndim - features :] != x.shape[x.ndim - features :]:
             raise ValueError(

@@ -1,0 +1,5 @@
+"""`python -m mlxsteer` is the command `mlxsteer`."""
+
+from mlxsteer.cli import main
+
+main()
