@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from mlxsteer import PositionError, SteeringVector
 from mlxsteer import interventions as iv
-from mlxsteer.interventions import base, files
+from mlxsteer.interventions import files
+from mlxsteer.interventions import registry as registry_room
 from mlxsteer.interventions.base import Where, as_intervention
 from mlxsteer.positions import Prompt, Tokens
 
@@ -800,8 +801,8 @@ def test_replace_with_refuses_unknown_alignments_and_batches() -> None:
 @pytest.fixture
 def registry(monkeypatch: pytest.MonkeyPatch) -> dict[str, type]:
     """A registry of its own, so that what a test enters is gone afterwards."""
-    own = dict(base._registry)
-    monkeypatch.setattr(base, "_registry", own)
+    own = dict(registry_room._registry)
+    monkeypatch.setattr(registry_room, "_registry", own)
     return own
 
 
@@ -812,7 +813,7 @@ def test_every_operator_is_registered_under_its_name() -> None:
     assert set(OPERATORS) <= set(iv.available())
     assert iv.available() == sorted(iv.available())
     for name in OPERATORS:
-        assert base.registered()[name].name == name
+        assert registry_room.registered()[name].name == name
 
 
 def test_create_makes_the_operator_with_its_parameters() -> None:
@@ -837,7 +838,7 @@ def test_describe_gives_the_formula_and_every_parameter(name: str) -> None:
     text = iv.describe(name)
     signature, rest = text.split("\n", 1)
     assert re.search(r"x'\S* = ", rest)
-    accepted = [f for f in fields(base.registered()[name]) if f.init]
+    accepted = [f for f in fields(registry_room.registered()[name]) if f.init]
     for parameter in accepted:
         assert parameter.name in signature
     for parameter in accepted:
@@ -941,7 +942,7 @@ def test_other_packages_add_interventions_through_entry_points(
         asked.append(group)
         return points
 
-    monkeypatch.setattr(base, "_entry_points", lambda: tuple(entry_points(group=base.ENTRY_POINTS)))
+    monkeypatch.setattr(registry_room, "_entry_points", lambda: tuple(entry_points(group=registry_room.ENTRY_POINTS)))
     assert "negate" in iv.available()
     x = array((1, 2, 3), 1)
     np.testing.assert_allclose(numpy(iv.create("negate")(x, where(x))), -numpy(x))

@@ -6,16 +6,7 @@ identity, bit for bit; strength 1 is the textbook form. ``a | b`` does a, then b
 
 import difflib
 
-from mlxsteer.interventions.base import (
-    Compose,
-    Function,
-    Intervention,
-    available,
-    compose,
-    create,
-    describe,
-    register,
-)
+from mlxsteer.interventions.base import Compose, Function, Intervention, compose
 from mlxsteer.interventions.files import load, save
 from mlxsteer.interventions.operators import (
     Ablate,
@@ -35,6 +26,7 @@ from mlxsteer.interventions.operators import (
     scale,
     zero_out,
 )
+from mlxsteer.interventions.registry import available, create, describe, register
 from mlxsteer.positions import after
 
 

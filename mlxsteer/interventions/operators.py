@@ -8,7 +8,8 @@ from typing import Any, ClassVar, Literal
 import mlx.core as mx
 import numpy as np
 
-from mlxsteer.interventions.base import Intervention, Where, number, register, settled, tensor
+from mlxsteer.interventions.base import Intervention, Where, number, settled, tensor
+from mlxsteer.interventions.registry import register
 from mlxsteer.positions import PositionError
 
 
