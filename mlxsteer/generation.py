@@ -199,6 +199,8 @@ def generate(
     """One prompt, to the end; see `stream`."""
     around = [s for plan in active(sites.model) if plan.adopt for s in plan.steerings]
     text, made, chosen, reason = [], [], [], None
+    cache = options.get("prompt_cache")
+    seen = (state_of(cache) or SteeringState(fresh_rows(cache, 1))).rows[0].seen if cache else 0
     for piece in stream(sites, tokenizer, tokens, steering, **options):
         text.append(piece.text)
         reason = piece.finish_reason
@@ -206,7 +208,7 @@ def generate(
             made.append(piece.token)
             if logprobs:
                 chosen.append(piece.logprobs[piece.token])
-    touched = _touched([*around, *([steering] if steering else [])], tokens, len(made), tokenizer)
+    touched = _touched([*around, *([steering] if steering else [])], tokens, len(made), tokenizer, seen)
     taken = mx.stack(chosen) if chosen else (mx.zeros((0,)) if logprobs else None)
     return Generation("".join(text), made, tokens, reason, taken, touched)
 
@@ -221,11 +223,15 @@ def _text(tokenizer: TokenizerWrapper, tokens: Sequence[int]) -> str:
 
 
 def _touched(
-    steerings: Sequence[Steering], tokens: Sequence[int], count: int, tokenizer: TokenizerWrapper
+    steerings: Sequence[Steering],
+    tokens: Sequence[int],
+    count: int,
+    tokenizer: TokenizerWrapper,
+    seen: int = 0,
 ) -> list[bool]:
     """Which tokens of a sequence any of the steerings acted on; warns of an intervention that acted on none."""
     width = len(tokens) + count
-    row = Tokens([0], [width], width, [Prompt(len(tokens), list(tokens), tokenizer.decode)])
+    row = Tokens([seen], [width], width, [_prompt(tokens, seen, tokenizer.decode)])
     touched = np.zeros(width, bool)
     for site, part in ((site, p) for s in steerings if s.strength for site, i in s.edits for p in i.parts()):
         if isinstance(part.strength, float) and not part.strength:

@@ -14,7 +14,7 @@ import itertools
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -92,6 +92,9 @@ class Plan:
     calls: dict[int, int] = field(default_factory=dict, init=False)
     """id(module) → how often it ran in the last forward."""
     hooks: dict[int, _Hook] = field(default_factory=dict, init=False)
+    owners: set[int] = field(default_factory=set, init=False)
+    """Who holds the plan active. A plan nobody holds does nothing, even where a stack still names it: a block may end
+    in another thread or task than it began in."""
 
     def __post_init__(self) -> None:
         for site, value in self.replay.items():
@@ -140,8 +143,8 @@ class Plan:
             return
         if not self.forwards:
             raise NeverFired(
-                f"nothing happened at {silent[0].key}: no forward of this model ran here. A function that was "
-                "compiled with mx.compile before runs the model as it was then; compile it inside, or not at all."
+                f"nothing happened at {silent[0].key}: no forward of this model ran here. A function that mx.compile "
+                "compiled keeps the model as it was then: call the model itself."
             )
         raise NeverFired(
             f"nothing happened at {silent[0].key}: its module never ran in {self.forwards} "
@@ -154,6 +157,7 @@ class Plan:
 
 _stack: ContextVar[tuple[Plan, ...]] = ContextVar("mlxsteer_plans", default=())
 _forward: ContextVar[Forward | None] = ContextVar("mlxsteer_forward", default=None)
+_copying: ContextVar[bool] = ContextVar("mlxsteer_copying", default=False)
 _RESIDENT = "_mlxsteer_resident"  # attribute of an edited model's root: its plans, seen by every thread
 
 
@@ -170,7 +174,7 @@ _enabled = _Enabled()
 def active(model: nn.Module) -> list[Plan]:
     """The plans that a call of `model` from here would follow, outermost first."""
     plans = (*model.__dict__.get(_RESIDENT, ()), *_enabled.plans, *_stack.get())
-    return [plan for plan in plans if plan.sites.model is model]
+    return [plan for plan in plans if plan.owners and plan.sites.model is model]
 
 
 def surrounding(model: nn.Module) -> list[Plan]:
@@ -209,26 +213,40 @@ def _give_back(modules: Iterable[nn.Module], owner: int) -> None:
                 _owners.pop(id(module), None)
 
 
+def new_owner() -> int:
+    """A number under which modules and plans are held."""
+    return next(_numbers)
+
+
+def _begin(plans: Sequence[Plan], owner: int) -> None:
+    for plan in plans:
+        plan.owners.add(owner)
+        _swap(plan.modules, owner)
+
+
+def _end(plans: Sequence[Plan], owner: int) -> None:
+    for plan in plans:
+        plan.owners.discard(owner)
+        _give_back(plan.modules, owner)
+    _stack.set(tuple(plan for plan in _stack.get() if plan.owners))
+
+
 @contextmanager
 def attached(*plans: Plan) -> Iterator[None]:
     """Make plans active, after those active here already, for the time of a block.
 
     Whatever ends the block, Ctrl-C included, the modules get their classes back.
     """
-    owner = next(_numbers)
-    modules = [module for plan in plans for module in plan.modules]
+    owner = new_owner()
     try:
-        _swap(modules, owner)
-        _stack.set((*_stack.get(), *plans))
-        yield
-    finally:
         try:
-            _stack.set(tuple(p for p in _stack.get() if all(p is not own for own in plans)))
-            _give_back(modules, owner)
-        except KeyboardInterrupt:  # a second Ctrl-C while cleaning up: finish, then obey
-            _stack.set(tuple(p for p in _stack.get() if all(p is not own for own in plans)))
-            _give_back(modules, owner)
-            raise
+            _begin(plans, owner)
+            _stack.set((*_stack.get(), *plans))
+            yield
+        finally:
+            _end(plans, owner)
+    finally:  # once more, for a Ctrl-C in the midst of cleaning up; the second time does no harm
+        _end(plans, owner)
 
 
 @contextmanager
@@ -244,24 +262,32 @@ def detached() -> Iterator[None]:
         _stack.set(stack)
 
 
-def enable(plan: Plan) -> int:
-    """Make a plan active in this thread until `disable` is called with the number returned."""
-    owner = next(_numbers)
-    _swap(plan.modules, owner)
+def enable(plan: Plan, owner: int) -> None:
+    """Make a plan active in this thread until `disable` is called with the same owner."""
+    _begin([plan], owner)
     _enabled.plans = (*_enabled.plans, plan)
-    return owner
 
 
 def disable(plan: Plan, owner: int) -> None:
-    """Undo `enable`."""
-    _enabled.plans = tuple(p for p in _enabled.plans if p is not plan)
-    _give_back(plan.modules, owner)
+    """Undo `enable`, whole or broken off; doing it twice does no harm."""
+    _end([plan], owner)
+    _enabled.plans = tuple(p for p in _enabled.plans if p.owners)
+
+
+@contextmanager
+def copying() -> Iterator[None]:
+    """Let an edited model be copied without its edits, by whoever settles them anew on the copy."""
+    token = _copying.set(True)
+    try:
+        yield
+    finally:
+        _copying.reset(token)
 
 
 def settle(plan: Plan) -> None:
     """Make a plan part of its model, in every thread, for as long as the model lives."""
     root = plan.sites.model
-    _swap(plan.modules, next(_numbers))
+    _begin([plan], new_owner())
     # past nn.Module's own __setattr__, which would enter a list among the parameters
     object.__setattr__(root, _RESIDENT, (*root.__dict__.get(_RESIDENT, ()), plan))
     weakref.finalize(root, _forget, [id(module) for module in plan.modules])
@@ -279,14 +305,17 @@ def _hooked_class(base: type[nn.Module]) -> type[nn.Module]:
 
     def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         forward = _forward.get()
-        if forward is not None and self is not forward.root:
-            if (hooks := forward.hooks.get(id(self))) is not None:
-                return forward.call(hooks, self, base, args, kwargs)
-        elif plans := active(self):
+        if forward is not None and self is not forward.root and (hooks := forward.hooks.get(id(self))) is not None:
+            return forward.call(hooks, self, base, args, kwargs)
+        if plans := active(self):
             return Forward(self, plans).run(base, args, kwargs)
+        if forward is None:
+            _refuse_alone(self)
         return base.__call__(self, *args, **kwargs)
 
     def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:
+        if _RESIDENT in self.__dict__ and not _copying.get():
+            raise TypeError("an edited model can't be copied or pickled: copy the original, and edit the copy.")
         made = list(super(hooked, self).__reduce_ex__(protocol))  # a copy or pickle is of the model's own class
         if made[0] is copyreg.__newobj__:  # type: ignore[attr-defined]  # which a pickler refuses for a class that isn't the object's own
             made[:2] = _new, tuple(base if argument is hooked else argument for argument in made[1])
@@ -304,6 +333,21 @@ def _hooked_class(base: type[nn.Module]) -> type[nn.Module]:
     }
     hooked: Any = type(base.__name__, (base,), members)
     return hooked
+
+
+def _refuse_alone(module: nn.Module) -> None:
+    """Refuse to run a steered module by itself: nobody knows which tokens it sees.
+
+    Raises:
+        RuntimeError: an active steering would act in this module.
+    """
+    for plan in (*_enabled.plans, *_stack.get()):
+        hook = plan.hooks.get(id(module)) if plan.owners else None
+        if hook is not None and (hook.input_edits or hook.output_edits):
+            raise RuntimeError(
+                f"{hook.sites[0].key} is steered and was called by itself, outside a forward of its model: its tokens "
+                "are unknown. Call the whole model."
+            )
 
 
 def _new(cls: Any, *args: Any) -> Any:
@@ -386,19 +430,34 @@ class Forward:
             plan.captured.clear()
             plan.forwards += 1
             plan.calls = self.calls
-        with ExitStack() as stack:
-            state = self._locate(inputs, cache, count, width)
-            stack.enter_context(opened(carrier(cache)) if state is not None else nullcontext())
-            token = _forward.set(self)
-            stack.callback(_forward.reset, token)
-            output = self.call(self.hooks.get(id(self.root), ()), self.root, base, args, kwargs)
+        state = self._locate(inputs, cache, count, width)
+        before = _forward.get()
+        try:
+            with opened(carrier(cache)) if state is not None else nullcontext():
+                _forward.set(self)
+                output = self.call(self.hooks.get(id(self.root), ()), self.root, base, args, kwargs)
+        finally:
+            _forward.set(before)
         if state is not None:
             state.end(width)
+        if not any(plan.replay for plan in self.plans):
+            self._check_residents()
         for plan in self.plans:
             if plan.keep is not None:
                 captured, plan.captured = plan.captured, {}
                 plan.keep(captured)
         return output
+
+    def _check_residents(self) -> None:
+        """An edited model's edits act in every forward, or it says so: a module may have been exchanged since."""
+        for plan in self.root.__dict__.get(_RESIDENT, ()):
+            for steering in plan.steerings:
+                for site, _ in steering.edits:
+                    if self.calls.get(id(site.module), 0) <= (site.call or 0):
+                        raise NeverFired(
+                            f"nothing happened at {site.key} of this edited model: its module never ran, or another "
+                            "one has taken its place since the edit."
+                        )
 
     def _locate(self, inputs: mx.array, cache: Any, count: int, width: int) -> SteeringState | None:
         """Find out which tokens these are, and what steers their rows."""
@@ -438,7 +497,9 @@ class Forward:
                 row.steerings = default
                 if (told := self._told()) is not None:
                     row.prompt, row.told = told.next(row.seen), True
-            elif not all(id(s) in allowed for s in row.steerings):
+                continue
+            carried = {id(s) for s in row.steerings}
+            if not carried <= allowed or not {id(s) for s in default} <= carried:
                 if [s.fingerprint for s in row.steerings] != [s.fingerprint for s in default]:
                     raise SteeredCacheError(
                         "this prompt cache was filled under another steering: use it with the same interventions, or "

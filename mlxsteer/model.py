@@ -14,12 +14,13 @@ from typing import Any, TypeAlias
 import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm
+import numpy as np
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from mlx_lm.generate import GenerationResponse
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlxsteer import generation
-from mlxsteer.hooks import Plan, attached, disable, enable, settle
+from mlxsteer.hooks import NeverFired, Plan, attached, copying, disable, enable, new_owner, settle
 from mlxsteer.places import Places, Writing
 from mlxsteer.positions import ToldPrompts
 from mlxsteer.sites import SiteMap
@@ -133,14 +134,14 @@ class InterpretableModel:
         elif isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping):
             tokens = self._encode_chat(prompt)  # type: ignore[arg-type]
         else:
-            if not isinstance(prompt, Sequence) and not hasattr(prompt, "tolist"):
+            if isinstance(prompt, bytes) or not (isinstance(prompt, Sequence) or hasattr(prompt, "tolist")):
                 raise TypeError(
                     f"a prompt is a string, a list of token ids, or a list of chat messages, not {prompt!r}."
                 )
             values: Any = prompt.tolist() if hasattr(prompt, "tolist") else list(prompt)
-            if any(not isinstance(t, int) or isinstance(t, bool) for t in values):
+            if any(not isinstance(t, (int, np.integer)) or isinstance(t, bool) for t in values):
                 raise TypeError("a prompt is a string, a list of token ids, or a list of chat messages.")
-            tokens = values
+            tokens = [int(t) for t in values]
         if not tokens:
             raise ValueError("the prompt is empty: give at least one token.")
         if min(tokens) < 0:
@@ -190,7 +191,7 @@ class InterpretableModel:
 
     def _encode_many(self, prompt: Any) -> tuple[list[list[int]], bool]:
         """Token ids of one prompt or several, and whether they were several."""
-        if isinstance(prompt, mx.array) and prompt.ndim == 2:
+        if isinstance(prompt, (mx.array, np.ndarray)) and prompt.ndim == 2:
             return [self.encode(row) for row in prompt], True
         if isinstance(prompt, (list, tuple)):
             if not prompt:
@@ -315,6 +316,10 @@ class InterpretableModel:
             strength while it is open: with a generator running, from the token after the next, since the next
             forward is staged already.
 
+        A steering belongs to the thread or task that opens it. A generator of your own that holds one open across a
+        `yield` steers its caller too: open it anew for each step, or close the generator. A function that mx.compile
+        compiles inside stays steered afterwards.
+
         Raises:
             NeverFired: on leaving the block: no forward of the model ran in it, or a place's module never did.
         """
@@ -324,7 +329,7 @@ class InterpretableModel:
         steerings = [Steering.of(self._sites, value, name) for name, value in named.items()]
         for steering in steerings:
             for site, intervention in steering.edits:
-                if any(isinstance(part.strength, tuple) for part in intervention.parts()):
+                if any(part.strengths is not None for part in intervention.parts()):
                     raise ValueError(
                         f"{site.key}: one strength per row needs known rows: use model.generate([...]) or a trace."
                     )
@@ -366,7 +371,8 @@ class InterpretableModel:
 
     def _copied(self) -> InterpretableModel:
         edited = copy.copy(self)
-        edited.model = copy.deepcopy(self.model, {id(a): a for a in _arrays(self.model)})
+        with copying():
+            edited.model = copy.deepcopy(self.model, {id(a): a for a in _arrays(self.model)})
         edited._sites = SiteMap(edited.model)
         for plan in self.model.__dict__.get("_mlxsteer_resident", ()):
             for steering in plan.steerings:
@@ -464,8 +470,8 @@ class InterpretableModel:
         steering = Steering.of(self._sites, interventions)
         for site, intervention in steering.edits:
             for part in intervention.parts():
-                rows = len(part.strength) if isinstance(part.strength, tuple) else count
-                if rows != count:
+                rows = part.strengths
+                if rows not in (None, count):
                     raise ValueError(f"{part.name} at {site.key}: {rows} strengths for {count} rows.")
         return [steering.row(index) for index in range(count)]
 
@@ -508,6 +514,8 @@ class OpenSteering:
         if self._context is not None or self._owner is not None:
             raise RuntimeError("this steering is in force already; make another one with model.steer(...).")
         self._opened = True
+        self._plan.ran.clear()
+        self._plan.forwards = 0
         self._context = attached(self._plan)
         self._context.__enter__()
         return self
@@ -522,14 +530,19 @@ class OpenSteering:
         """Put it in force in this thread, without a block, until `disable()`."""
         if self._context is None and self._owner is None:
             self._opened = True
-            self._owner = enable(self._plan)
+            self._owner = new_owner()  # known before anything is put on, so that disable() can always undo it
+            enable(self._plan, self._owner)
         return self
 
     def disable(self) -> None:
         """End what `enable()` began; doing it twice does no harm."""
         if self._owner is not None:
-            owner, self._owner = self._owner, None
-            disable(self._plan, owner)
+            disable(self._plan, self._owner)
+            self._owner = None
+            try:
+                self._plan.check_fired()
+            except NeverFired as error:  # nothing was asked to run, perhaps: a word, not an error
+                warnings.warn(str(error), stacklevel=generation.outside())
 
     def __repr__(self) -> str:
         state = "in force" if self._context is not None or self._owner is not None else "not in force"
@@ -541,6 +554,8 @@ def _told(prompt_tokens: Any, decode: Callable[[list[int]], str] | None) -> Told
     """What to believe of the prompts of rows that foreign code begins."""
     if prompt_tokens is None:
         return None
+    if isinstance(prompt_tokens, bool) or (isinstance(prompt_tokens, int) and prompt_tokens < 1):
+        raise ValueError(f"prompt_tokens={prompt_tokens}: a prompt has at least one token.")
     if isinstance(prompt_tokens, int):
         return ToldPrompts([prompt_tokens], decode, repeat=True)
     values: Any = prompt_tokens.tolist() if isinstance(prompt_tokens, mx.array) else list(prompt_tokens)

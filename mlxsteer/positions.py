@@ -58,7 +58,7 @@ class Prompt:
         decode: token ids to text, where there is a tokenizer.
         whole: every token of the row is prompt, as in a trace.
         source: makes the token ids when a position asks for them, in place of `tokens`.
-        mixed: prompt and drafted tokens came in one forward, so that nobody can tell where the prompt ended.
+        mixed: nobody can tell where the prompt ended: prompt and drafted tokens came in one forward, say.
     """
 
     length: int | None = None
@@ -207,7 +207,8 @@ class Position:
             )
         if prompt.mixed:
             raise PositionError(
-                f"at={name!r} with a draft model needs the prompt: pass it as model.steer(..., prompt_tokens=...), or "
+                f"at={name!r}: prompt and generated tokens can't be told apart here (with a draft model, or in a loop "
+                "that evaluates its cache at every step): pass the prompt as model.steer(..., prompt_tokens=...), or "
                 "use model.generate."
             )
         # foreign code that is still in the prompt: all so far is prompt, nothing is generated

@@ -90,6 +90,11 @@ class SiteMap:
         self.family = families.family(self.model_type)
         if self.family.refusal:
             raise UnsupportedModel(f"{self.model_type} models can't be steered: {self.family.refusal}.")
+        self._read()
+
+    def _read(self) -> None:
+        """Take in the model's structure, as it is now."""
+        model = self.model
         paths = {id(module): path for path, module in model.named_modules()}
         blocks = getattr(model, "layers", None)
         if not isinstance(blocks, (list, tuple)) or not blocks or not all(id(b) in paths for b in blocks):
@@ -105,8 +110,19 @@ class SiteMap:
         self._trunk_path = parent_path
         self.segments: dict[str, int] = {}
         """How many blocks run before a place outside them, by key; filled in as traces find out."""
+        for name in ("_fixed", "modules"):
+            self.__dict__.pop(name, None)
 
     # -- structure -----------------------------------------------------------------------------------------------
+
+    def _moved(self, canonical: str) -> bool:
+        """Whether another module has taken a place since the structure was read: an adapter's, or a quantized one."""
+        match = re.fullmatch(r"layers\.(\d+)((?:\..+)?)", canonical)
+        path = self._block_paths[int(match[1])] + match[2] if match else self._fixed.get(canonical, canonical)
+        try:
+            return self._module_at(path) is not self.modules[canonical]
+        except (KeyError, IndexError):
+            return True
 
     def _module_at(self, path: str) -> nn.Module:
         module = self.model
@@ -174,6 +190,9 @@ class SiteMap:
             if port == "input" or heads or call:
                 raise UnknownKey(f"{key!r}: 'logits' is the model's output; 'norm' is what its head reads.")
             return Site("logits", self.model)
+        if self._moved(path):
+            self._read()
+            return self.resolve(key)
         module = self.modules[path]
         layer = int(path.split(".")[1]) if path.startswith("layers.") else None
         suffix = f"#{call}" if call is not None else ""

@@ -9,15 +9,16 @@ and refuses to be read by a model that isn't steered so.
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import mlx.core as mx
 
-from mlxsteer.interventions.base import Intervention, as_intervention
+from mlxsteer.interventions.base import Intervention, as_intervention, number
 from mlxsteer.positions import Prompt, Tokens
 from mlxsteer.sites import Site, SiteMap
 
@@ -40,6 +41,9 @@ class Steering:
     strength: float = 1.0
     name: str = ""
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, number(value, "a strength") if name == "strength" else value)
+
     @classmethod
     def of(cls, sites: SiteMap, interventions: Mapping[str, Any], name: str = "") -> Steering:
         """Resolve a key dict, refusing unknown keys and constants that can't fit, before anything runs.
@@ -60,6 +64,8 @@ class Steering:
             raise ValueError("an empty dict of interventions would do nothing; leave it out for plain generation.")
         edits: list[tuple[Site, Intervention]] = []
         for key, value in interventions.items():
+            if not isinstance(key, str):
+                raise TypeError(f"a key is a string such as 'layers.5.mlp', not {key!r}.")
             intervention = as_intervention(value)
             for site in sites.expand(key):
                 width = sites.width(site)
@@ -97,6 +103,10 @@ class Row:
         told: somebody told us the prompt's length (else it is inferred from how the cache is read).
         read: the cache's state was read since the last forward, as generators do after each chunk of a prompt
             and never after a decoding step.
+        begun: a forward has seen it.
+        single: how many forwards of one token in a row were followed by such a read. A generator's prompt ends with
+            at most one; a loop that evaluates its cache at every step makes more.
+        width: number of tokens of the last forward.
     """
 
     steerings: tuple[Steering, ...] | None = None
@@ -104,10 +114,12 @@ class Row:
     prompt: Prompt = field(default_factory=Prompt)
     told: bool = False
     read: bool = False
+    begun: bool = False
+    single: int = 0
+    width: int = 0
 
     def copy(self) -> Row:
-        prompt = self.prompt if self.told else Prompt(self.prompt.length, self.prompt.tokens, self.prompt.decode)
-        return Row(self.steerings, self.seen, prompt, self.told, self.read)
+        return replace(self)
 
 
 class SteeringState:
@@ -126,10 +138,17 @@ class SteeringState:
         copied._lengths = list(self._lengths) if self._lengths is not None else None
         return copied
 
+    def __copy__(self) -> SteeringState:
+        return self.__deepcopy__({})
+
     def begin(self, width: int) -> Tokens:
         """The tokens of a forward that is about to run."""
         for row in self.rows:
-            if not row.told and row.seen and not row.read and not row.prompt.mixed:
+            if row.told or not row.begun or row.prompt.mixed:
+                continue
+            if row.single > 1 and width == 1:
+                row.prompt = Prompt(mixed=True)
+            elif not row.read:
                 # A forward that follows one whose state nobody read: one token is a decoding step, and what came
                 # before is the prompt; several are the next turn's prompt.
                 length = row.prompt.length if row.prompt.length is not None else row.seen
@@ -140,7 +159,8 @@ class SteeringState:
         """A forward of `width` tokens has run."""
         for row, real in zip(self.rows, self._real(width), strict=True):
             row.seen += real
-            row.read = False
+            row.read, row.begun = False, True
+            row.width = width
         if self._lengths is not None:
             self._lengths = [max(0, n - width) for n in self._lengths]
 
@@ -149,6 +169,8 @@ class SteeringState:
 
     def was_read(self) -> None:
         for row in self.rows:
+            if row.begun and not row.read:
+                row.single = row.single + 1 if row.width == 1 else 0
             row.read = True
 
     def extend(self, other: SteeringState) -> None:
@@ -170,7 +192,7 @@ class SteeringState:
 
     def trim(self, count: int) -> None:
         for row in self.rows:
-            row.seen = max(0, row.seen - count)
+            row.seen -= count
             if not row.told and not row.read and row.prompt.length is None:
                 row.prompt = Prompt(mixed=True)  # drafts were verified together with the prompt's last token
 
@@ -223,7 +245,8 @@ def fresh_rows(cache: Sequence[Any], count: int) -> list[Row]:
             )
         offset = 0
     offsets: Any = offset.reshape(-1).tolist() if isinstance(offset, mx.array) else [offset] * count
-    return [Row(seen=max(0, int(n))) for n in offsets]
+    # an offset below 0 counts left padding: position 0 is the first real token, and padding lies before it
+    return [Row(seen=int(n), begun=n > 0) for n in offsets]
 
 
 def _other_state(cache: Any) -> SteeringState:
@@ -235,39 +258,43 @@ def _other_state(cache: Any) -> SteeringState:
     return SteeringState(fresh_rows([cache], len(padding) if padding is not None else 1))
 
 
+def _guard(base: type, name: str) -> Callable[..., Any]:
+    """A method that a model reads a cache by, refused outside a forward that is steered as the cache is."""
+    method = getattr(base, name)
+
+    @functools.wraps(method)
+    def guarded(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not self._open:
+            raise SteeredCacheError(
+                "this prompt cache was filled under steering, and the model that reads it now is not steered so: "
+                "use it with the same interventions, or start a new cache."
+            )
+        return method(self, *args, **kwargs)
+
+    return guarded
+
+
+def _mirror(base: type, name: str) -> Callable[..., Any]:
+    """A method that moves a cache's rows, done to the state's rows too."""
+    method, own = getattr(base, name), getattr(SteeringState, name)
+
+    @functools.wraps(method)
+    def mirrored(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with opened(self):
+            done = method(self, *args, **kwargs)
+        if name == "trim":
+            args = (done,)  # a cache may trim less than it was asked to
+        if name == "extend":
+            args = (_other_state(args[0]),)
+        own(self.steering_state, *args, **kwargs)
+        return done
+
+    return mirrored
+
+
 @functools.cache
 def _carrier_class(base: type) -> type:
     """A subclass of a cache class that keeps a `SteeringState` in step with it."""
-
-    def guard(name: str) -> Callable[..., Any]:
-        method = getattr(base, name)
-
-        @functools.wraps(method)
-        def guarded(self: Any, *args: Any, **kwargs: Any) -> Any:
-            if not self._open:
-                raise SteeredCacheError(
-                    "this prompt cache was filled under steering, and the model that reads it now is not steered so: "
-                    "use it with the same interventions, or start a new cache."
-                )
-            return method(self, *args, **kwargs)
-
-        return guarded
-
-    def mirror(name: str) -> Callable[..., Any]:
-        method, own = getattr(base, name), getattr(SteeringState, name)
-
-        @functools.wraps(method)
-        def mirrored(self: Any, *args: Any, **kwargs: Any) -> Any:
-            with opened(self):
-                done = method(self, *args, **kwargs)
-            if name == "trim":
-                args = (done,)  # a cache may trim less than it was asked to
-            if name == "extend":
-                args = (_other_state(args[0]),)
-            own(self.steering_state, *args, **kwargs)
-            return done
-
-        return mirrored
 
     def merge(cls: type, caches: Sequence[Any]) -> Any:
         states = [_other_state(c) for c in caches]
@@ -283,6 +310,12 @@ def _carrier_class(base: type) -> type:
         if hasattr(type(merged), "_carried"):
             merged.__class__ = type(merged)._carried
         return ride(merged, SteeringState(rows))
+
+    def duplicate(self: Any) -> Any:
+        copied = object.__new__(type(self))
+        copied.__dict__.update(self.__dict__)
+        copied.steering_state = copy.copy(self.steering_state)
+        return copied
 
     def extract(self: Any, index: int) -> Any:
         with opened(self):
@@ -303,12 +336,13 @@ def _carrier_class(base: type) -> type:
 
     members: dict[str, Any] = {"_carried": base, "__module__": base.__module__, "__qualname__": base.__qualname__}
     members["state"] = property(get_state, set_state)
-    for name in ("update_and_fetch", "make_mask", "__getitem__", "__setitem__"):
+    members["__copy__"] = duplicate
+    for name in ("update_and_fetch", "make_mask", "__getitem__", "__setitem__", "size"):  # plain merges ask for size
         if hasattr(base, name):
-            members[name] = guard(name)
+            members[name] = _guard(base, name)
     for name in ("extend", "filter", "prepare", "finalize", "trim"):
         if hasattr(base, name):
-            members[name] = mirror(name)
+            members[name] = _mirror(base, name)
     for name, method in (("merge", classmethod(merge)), ("extract", extract), ("to_quantized", to_quantized)):
         if hasattr(base, name):
             members[name] = method

@@ -154,7 +154,21 @@ def _in_place(name: str) -> Callable[[Any, Any], Any]:
     return operator
 
 
-for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift"):
+for _name in (
+    "add",
+    "sub",
+    "mul",
+    "truediv",
+    "floordiv",
+    "mod",
+    "pow",
+    "matmul",
+    "and",
+    "or",
+    "xor",
+    "lshift",
+    "rshift",
+):
     setattr(Activation, f"__i{_name}__", _in_place(f"__i{_name}__"))
     setattr(ActivationSlice, f"__i{_name}__", _in_place(f"__i{_name}__"))
 
@@ -227,7 +241,7 @@ class Trace:
             known = [Prompt(count, list(prompt[:count]), decode) for prompt, count in pieces]
         self._tokens = Tokens([0] * len(prompts), self.lengths, width, known)
         self._edits = steering.edits if steering is not None else ()
-        self._outer = surrounding(sites.model)
+        self._outer: list[tuple[Plan, Plan]] = []  # plans around the trace, and what they were when it began
         self._blocks = [sites.resolve(f"layers.{i}") for i in range(len(sites.blocks))]
         self._logits = sites.resolve("logits")
         self._whole: dict[Site, Any] = {}  # site → what its module gave, for blocks, logits and places read
@@ -243,8 +257,11 @@ class Trace:
     # -- the block -------------------------------------------------------------------------------------------------
 
     def __enter__(self) -> Trace:
+        around = surrounding(self.sites.model)
+        self._watchers = [plan for plan in around if plan.keep is not None]
+        self._outer = [(plan, _frozen(plan)) for plan in around if plan.keep is None]
         if self._edits or self._outer:  # refuse at once what doesn't fit or never runs
-            self._stage([self._logits], first=True)
+            self._stage([self._logits])
         _open.set((*_open.get(), self))
         return self
 
@@ -256,6 +273,9 @@ class Trace:
                 "a slice of an activation was written to and never put back, because a slice is a copy. Write "
                 "through the activation, model.layers[5].output[:, -1] += v, or make a value of your own: h = h + v."
             )
+        if error is None and self._watchers:  # a recording around the trace sees the forward as it is in the end
+            plan = self._plan([], 0, len(self._blocks), replay=False)
+            self._run(plan, self._watchers)
 
     # -- reading ---------------------------------------------------------------------------------------------------
 
@@ -413,20 +433,27 @@ class Trace:
 
     # -- staging -----------------------------------------------------------------------------------------------------
 
-    def _stage(self, capture: Sequence[Site], *, first: bool = False) -> None:
+    def _run(self, plan: Plan, watchers: Sequence[Plan] = ()) -> None:
+        """One forward under a plan, within what surrounds the trace."""
+        with detached(), attached(*(frozen for _, frozen in self._outer), *watchers, plan), suppress(Stopped):
+            self.sites.model(self.tokens)
+        for plan_around, frozen in self._outer:
+            plan_around.ran |= frozen.ran
+            plan_around.forwards += 1
+        plan.check_fired()
+
+    def _stage(self, capture: Sequence[Site]) -> None:
         """Stage the forward as far as these places. What is known is replayed, what was handed out stays."""
         known = next((i for i, block in enumerate(self._blocks) if block not in self._whole), len(self._blocks))
         segments = [self._segment(site) for site in capture]
         start, end = min([known, *segments]), max(segments)
         # Reading alone needs no block behind the last place read; edits and surrounding contexts must see them all.
         early = end < len(self._blocks) - 1 and self.sites.family.replay and not (self._edits or self._outer)
+        early = early and not self.sites.model.__dict__.get("_mlxsteer_resident")
         wanted = [*self._blocks[start : end + 1 if early else None], *capture, *([] if early else [self._logits])]
         plan = self._plan(list(dict.fromkeys(wanted)), start, end if early else len(self._blocks))
         plan.stop = self._blocks[end] if early else None
-        outer = self._outer if first else [p for p in self._outer if p.keep is None]
-        with detached(), attached(*outer, plan), suppress(Stopped):
-            self.sites.model(self.tokens)
-        plan.check_fired()
+        self._run(plan)
         # Where something downstream was handed out already, it may have been computed: the staged values behind it
         # are worth more than these. Where nothing was, take these, so that the place just read is not run twice.
         fresh = not any(self._segment(site) >= start for site in self._handles)
@@ -434,27 +461,33 @@ class Trace:
             if site not in self._whole or site in capture or fresh:
                 self._whole[site] = value
 
-    def _plan(self, capture: Sequence[Site], start: int, end: int) -> Plan:
+    def _plan(self, capture: Sequence[Site], start: int, end: int, *, replay: bool = True) -> Plan:
         """A plan that runs the blocks from `start` to `end`, replaying those before, with every edit in force."""
-        replayable = self.sites.family.replay
-        replay = {block: self._whole[block] for block in self._blocks[:start]} if replayable else {}
-        edited = [site for site in self._pins if site != self._logits and self._segment(site) <= end]
-        ahead = [site for site in edited if not replay or self._segment(site) >= start]
+        replayable = replay and self.sites.family.replay
+        given = {block: self._whole[block] for block in self._blocks[:start]} if replayable else {}
+        edited = [site for site in self._pins if (site != self._logits or not replay) and self._segment(site) <= end]
+        ahead = [site for site in edited if not given or self._segment(site) >= start]
         for site in ahead:
             looked_into = any(inner.key.startswith(f"{site.key}.") for inner in capture)
-            if replayable and site.port == "output" and not looked_into:
-                replay[site] = self._whole[site]
-        pins = [(site, Function(_constant(self._pins[site]))) for site in ahead if site not in replay]
+            if replayable and site.port == "output" and site.layer is not None and not looked_into:
+                given[site] = self._whole[site]
+        pins = [(site, Function(_constant(self._pins[site]))) for site in ahead if site not in given]
         edits = [
             (site, intervention)
             for site, intervention in self._edits
-            if site not in replay and (site.layer is None or self._blocks[site.layer] not in replay)
+            if site not in given and (site.layer is None or self._blocks[site.layer] not in given)
         ]
-        return Plan(self.sites, capture, [*edits, *pins], replay, self._tokens)
+        return Plan(self.sites, capture, [*edits, *pins], given, self._tokens)
 
 
 def _constant(value: mx.array) -> Callable[[mx.array], mx.array]:
     return lambda x: value
+
+
+def _frozen(plan: Plan) -> Plan:
+    """A plan around a trace as it was when the trace began: strengths that change later don't reach into it."""
+    steerings = [Steering(s.edits, s.strength, s.name) for s in plan.steerings]
+    return Plan(plan.sites, edits=plan.edits, replay=plan.replay, steerings=steerings, adopt=plan.adopt)
 
 
 def innermost(sites: SiteMap) -> Trace | None:

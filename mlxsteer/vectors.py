@@ -40,7 +40,11 @@ class SteeringVector:
     def __post_init__(self) -> None:
         if not self.directions:
             raise ValueError("a steering vector has a direction for at least one layer.")
-        if "{layer}" not in self.site:
+        try:
+            named = "{layer}" in self.site and self.site.format(layer=0) != self.site
+        except (KeyError, IndexError, ValueError):
+            named = False
+        if not named:
             raise ValueError(
                 f"a vector's site is a key with {{layer}} in it, such as 'layers.{{layer}}', not {self.site!r}."
             )

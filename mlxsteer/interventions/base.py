@@ -51,7 +51,10 @@ def tensor(value: Any, what: str) -> mx.array:
     Raises:
         ValueError: it is empty, or holds a NaN or an infinity.
     """
-    x = mx.array(value).astype(mx.float32)
+    x = mx.array(value)
+    if x.dtype == mx.complex64:
+        raise ValueError(f"{what} is complex; an activation is real.")
+    x = x.astype(mx.float32)
     if x.ndim == 0 or x.size == 0:
         raise ValueError(f"{what} is a tensor of one or more dimensions, not of shape {x.shape}.")
     bad: Any = (~mx.isfinite(x)).sum().item() if settled(x) else 0
@@ -71,6 +74,10 @@ def number(value: Any, what: str) -> float:
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
         raise TypeError(f"{what} is a number, not {value!r}.")
+    try:
+        value = float(value)
+    except OverflowError:
+        value = float("inf")
     if not np.isfinite(value):
         raise ValueError(f"{what} is a finite number, not {value}.")
     return float(value)
@@ -84,14 +91,12 @@ def _strength(value: Any, what: str) -> float | tuple[float, ...] | mx.array:
             raise ValueError(f"{what}: a strength is a finite number.")
         return value
     if isinstance(value, (list, tuple, np.ndarray)) and np.ndim(value) == 1:
-        numbers = tuple(float(v) for v in value)
-    elif isinstance(value, (int, float, np.number)):
-        numbers = (float(value),)
-    else:
+        if not len(value):
+            raise ValueError(f"{what}: a strength is a finite number, not {value!r}.")
+        return tuple(number(v, f"{what}: a strength") for v in value)
+    if not isinstance(value, (int, float, np.number)):
         raise TypeError(f"{what}: a strength is a number or one per row of the batch, not {value!r}.")
-    if not np.isfinite(numbers).all() or not numbers:
-        raise ValueError(f"{what}: a strength is a finite number, not {value!r}.")
-    return numbers if np.ndim(value) == 1 else numbers[0]
+    return number(value, f"{what}: a strength")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -138,7 +143,7 @@ class Intervention:
 
     def formula(self, x: mx.array, strength: float | mx.array, where: Where) -> mx.array:
         """The edit of every token of `x`, (rows, tokens, ...), at a strength that broadcasts against it."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no formula(self, x, strength, where).")
 
     # -- what all have in common -------------------------------------------------------------------------------
 
@@ -161,6 +166,10 @@ class Intervention:
             self._check_axes(x.ndim - 2, where.key)
             self._cache["fits", x.shape[2:]] = True
         y = self.formula(x, strength, where)
+        if not isinstance(y, mx.array):
+            raise TypeError(
+                f"the formula of {self.name or type(self).__name__} gave {type(y).__name__}, not an mx.array."
+            )
         if y.shape != x.shape:
             raise ValueError(f"{self.name} at {where.key} made shape {y.shape} of {x.shape}: an edit keeps the shape.")
         return self._select(x, y if y.dtype == x.dtype else y.astype(x.dtype), touched, where)
@@ -226,14 +235,14 @@ class Intervention:
         }
 
     def cast(self, name: Any, dtype: mx.Dtype, make: Callable[[], mx.array]) -> mx.array:
-        """A constant in the activation's dtype, made once for each `name` and dtype, evaluated for every thread."""
-        key = (name, dtype)
-        found = self._cache.get(key)
-        if found is None:
-            found = make().astype(dtype)
-            if settled(found):
-                self._cache[key] = found
-        return found
+        """A constant in the activation's dtype, made anew when `name` changes, evaluated for every thread."""
+        kept = self._cache.get(dtype)
+        if kept is not None and kept[0] == name:
+            return kept[1]
+        made = make().astype(dtype)
+        if settled(made):
+            self._cache[dtype] = (name, made)  # the newest only: strengths may change at every step
+        return made
 
     def parts(self) -> tuple[Intervention, ...]:
         """The elementary interventions in it, in the order in which they act."""
@@ -242,10 +251,18 @@ class Intervention:
     def row(self, index: int) -> Intervention:
         """What it does to one row of a batch, with that row's strength."""
         own: Any = self.strength
-        if isinstance(own, float) or (isinstance(own, mx.array) and not own.ndim):
+        if self.strengths is None:
             return self
         changed: dict[str, Any] = {"strength": own[index]}
         return replace(self, **changed)
+
+    @property
+    def strengths(self) -> int | None:
+        """For how many rows it has a strength each; None where one strength is for all."""
+        own: Any = self.strength
+        if isinstance(own, mx.array):
+            return len(own) if own.ndim else None
+        return None if isinstance(own, float) else len(own)
 
     def __or__(self, other: Any) -> Compose:
         return Compose((self, as_intervention(other)))
@@ -285,9 +302,10 @@ class Intervention:
         return str(found)
 
     def _hash(self) -> str:
-        if not all(part.saveable and part.at.kind != "call" for part in self.parts()):
+        try:
+            spec, tensors = self.to_spec()
+        except ValueError:  # it holds what can't be data: only itself is like it
             return f"unsaved-{id(self):x}"
-        spec, tensors = self.to_spec()
         digest = hashlib.sha256(json.dumps(spec, sort_keys=True).encode())
         for name in sorted(tensors):
             digest.update(f"{name} {tensors[name].shape}".encode())
@@ -329,6 +347,9 @@ class Compose(Intervention):
         for step in self.steps:
             step.check(width, key)
 
+    def _hash(self) -> str:
+        return f"compose×{self.strength}({','.join(step.fingerprint for step in self.steps)})"
+
     def parts(self) -> tuple[Intervention, ...]:
         return tuple(part for step in self.steps for part in step.parts())
 
@@ -359,6 +380,9 @@ class Function(Intervention):
         if y.shape != x.shape:
             raise ValueError(f"the function at {where.key} made shape {y.shape} of {x.shape}: an edit keeps the shape.")
         return y if isinstance(strength, float) and strength == 1.0 else x + strength * (y - x)
+
+    def _hash(self) -> str:
+        return f"function-{id(self.function):x}×{self.strength}@{self.at}"
 
 
 def as_intervention(value: Any) -> Intervention:

@@ -66,7 +66,7 @@ def read_tensors(path: str | Path, format_name: str, version: int) -> tuple[dict
     try:
         data = json.loads(metadata[format_name])
         written = int(data["version"])
-    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise ValueError(f"{source}: the metadata of its {format_name} is damaged.") from error
     if written > version:
         raise ValueError(f"{source} is of {format_name} version {written}; this mlxsteer reads up to {version}.")
@@ -83,6 +83,10 @@ def save(interventions: Mapping[str, Any], path: str | Path) -> Path:
     Raises:
         ValueError: one of them can't be saved (a plain function), or the name doesn't end in ``.safetensors``.
     """
+    if not isinstance(interventions, Mapping):
+        raise TypeError(
+            f"interventions are saved as a dict from keys to interventions, not {type(interventions).__name__}."
+        )
     if Path(path).suffix != ".safetensors":
         raise ValueError(f"{path}: interventions are saved as a .safetensors file.")
     tensors: dict[str, mx.array] = {}
@@ -114,5 +118,5 @@ def load(path: str | Path) -> dict[str, Intervention]:
     tensors, data = read_tensors(path, FORMAT, VERSION)
     try:
         return {key: Intervention.from_spec(spec, tensors) for key, spec in data["interventions"].items()}
-    except (KeyError, AttributeError, TypeError) as error:
+    except (KeyError, AttributeError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}: its interventions are damaged ({error}).") from error

@@ -37,6 +37,9 @@ def register(name: str) -> Callable[[_T], _T]:
         TypeError: the class is no `Intervention`.
     """
 
+    if not isinstance(name, str) or not name:
+        raise TypeError("an intervention is registered by a name: @register('name').")
+
     def enter(cls: _T) -> _T:
         if not isinstance(cls, type) or not issubclass(cls, Intervention):
             raise TypeError(f"{getattr(cls, '__name__', cls)} is no subclass of interventions.Intervention.")
@@ -155,6 +158,8 @@ def decode(value: Any, tensors: dict[str, mx.array]) -> Any:
             return tensors[value["tensor"]]
         if "after" in value:
             text = value["after"]
+            if not isinstance(text, str) and not all(isinstance(t, int) for t in text):
+                raise ValueError(f"unknown data {value!r} in an intervention.")
             return after(text if isinstance(text, str) else tuple(text))
         if "slice" in value:
             return slice(*value["slice"])
