@@ -22,7 +22,6 @@ VARIANTS = [
         ("bfloat16", mx.bfloat16, 4 if name in MIXTURES else None),
         ("4bit", mx.float32, 4),
     )
-    if not (label == "4bit" and name not in tiny.FOUR_BIT)
 ]
 
 

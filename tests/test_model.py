@@ -161,16 +161,21 @@ def test_a_program_written_for_mlxterp_runs(pocket: InterpretableModel) -> None:
         assert mx.array_equal(model.output, composed)
 
 
-def test_readme_code_runs_and_prints_what_it_says(pocket: InterpretableModel, tmp_path: Path, capsys: Any,
-                                                  monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
-    """Every Python block of the README, in one go; a block's following ```text block is what it prints."""
-    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "tutorials").glob("*_*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_code_on_a_page_runs_and_prints_what_it_says(
+    page: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every Python block of a page, in one go; a ```text block behind one is what it prints."""
     monkeypatch.chdir(tmp_path)
     scope: dict[str, Any] = {}
-    blocks = re.findall(r"```python\n(.*?)```\n(?:\n```text\n(.*?)```)?", readme, flags=re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```\n(?:\n```text\n(.*?)```)?", page.read_text("utf-8"), flags=re.DOTALL)
     assert blocks
     for code, printed in blocks:
-        exec(compile(code.replace("mlx-community/Llama-3.2-1B-Instruct-4bit", "pocket"), "README.md", "exec"), scope)
+        exec(compile(code.replace("mlx-community/Llama-3.2-1B-Instruct-4bit", "pocket"), page.name, "exec"), scope)
         shown = capsys.readouterr().out
         if printed:
             assert shown.strip() == printed.strip()

@@ -73,7 +73,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 FAMILIES = list(CONFIGS)
-FOUR_BIT = [name for name in FAMILIES if name not in ("rwkv7",)]
 
 
 def build(
