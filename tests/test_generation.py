@@ -11,6 +11,7 @@ import mlx_lm
 import numpy as np
 import pytest
 import tiny
+from mlx_lm.generate import BatchGenerator
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tiny import by_hand, logprobs
@@ -254,14 +255,29 @@ def test_foreign_batches_are_steered(name: str, tokenizer: TokenizerWrapper) -> 
     model = InterpretableModel(tiny.build(name), tokenizer)
     prompts = [PROMPT[:5], PROMPT * 2, [9], PROMPT[2:]]
     v = vector()
+    made: dict[int, list[int]] = {}
+    chosen: dict[int, list[float]] = {}
     with model.steer({f"layers.{LAYER}": iv.add_vector(v, at="generated")}):
-        response = mlx_lm.batch_generate(
-            model.model, tokenizer, prompts, max_tokens=[5, 8, 3, 6], prefill_step_size=4, prefill_batch_size=2,
-            completion_batch_size=3, return_token_ids=True, return_logprobs=True,
-        )  # fmt: skip
-    for prompt, made, chosen in zip(prompts, response.token_ids, response.logprobs, strict=True):
-        steps = recompute(model.model, prompt, made, v, lambda i, n: i >= n)
-        assert np.allclose(chosen, [s[t].item() for s, t in zip(steps, made, strict=True)], atol=1e-4)
+        generator = BatchGenerator(
+            model.model, stop_tokens=[[10**6]], prefill_step_size=4, prefill_batch_size=2, completion_batch_size=3
+        )
+        uids = generator.insert(prompts, max_tokens=[5, 8, 3, 6])
+        while responses := generator.next_generated():
+            for response in responses:
+                made.setdefault(response.uid, []).append(response.token)
+                chosen.setdefault(response.uid, []).append(response.logprobs[response.token].item())
+    for uid, prompt in zip(uids, prompts, strict=True):
+        steps = recompute(model.model, prompt, made[uid], v, lambda i, n: i >= n)
+        expected = [s[t].item() for s, t in zip(steps, made[uid], strict=True)]
+        assert np.allclose(chosen[uid], expected, atol=1e-4)
+
+
+def test_mlx_lms_own_batch_function_is_steered(llama: InterpretableModel) -> None:
+    steer = {f"layers.{LAYER}": iv.add_vector(vector(), at="generated")}
+    with llama.steer(steer):
+        together = mlx_lm.batch_generate(llama.model, llama.tokenizer, [PROMPT, PROMPT[:3]], max_tokens=6).texts
+    alone = [llama.generate(prompt, steer, max_tokens=6) for prompt in (PROMPT, PROMPT[:3])]
+    assert together == [llama.decode(text.tokens) for text in alone]
 
 
 def test_a_strength_changed_while_open_takes_effect_from_the_token_after_the_next(llama: InterpretableModel) -> None:
