@@ -28,8 +28,52 @@ def _batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
         yield batch
 
 
+def encode_side(model: InterpretableModel, pair: ContrastPair, side: str) -> tuple[list[int], int]:
+    """Token ids of a pair's prompt with one of its sides, and how many of them are prompt.
+
+    Args:
+        model: the model, with its chat template for pairs that are chats.
+        pair: the pair.
+        side: ``"positive"`` or ``"negative"``.
+
+    Raises:
+        ValueError: the pair is a chat, and the model has no chat template.
+    """
+    completion = getattr(pair, side)
+    if pair.chat or pair.messages:
+        said = list(pair.messages) or [{"role": "user", "content": pair.prompt or completion}]
+        tokens = model.encode(said)
+        if not (pair.prompt or pair.messages):  # the sides are messages themselves: all of it is prompt
+            return tokens, len(tokens)
+        assert model.tokenizer is not None
+        return [*tokens, *model.tokenizer.encode(completion, add_special_tokens=False)], len(tokens)
+    tokens = model.encode(pair.prompt + completion)
+    alone = model.encode(pair.prompt) if pair.prompt else tokens[:1]
+    shared = next((i for i, (a, b) in enumerate(zip(tokens, alone, strict=False)) if a != b), len(alone))
+    return tokens, min(shared, len(tokens) - 1)
+
+
 def _bos(model: InterpretableModel) -> int | None:
     return getattr(model.tokenizer, "bos_token_id", None) if model.tokenizer is not None else None
+
+
+def _reading(read: str | int, length: int, prompt: int) -> np.ndarray:
+    """How much each token of a text counts, (length,); they sum to 1.
+
+    Raises:
+        ValueError: there is no such token, or no completion to average over.
+    """
+    weights = np.zeros(length, np.float32)
+    if read == "mean":
+        if prompt >= length:
+            raise ValueError("read='mean' averages over a completion, and these pairs have none: read='last'.")
+        weights[prompt:] = 1 / (length - prompt)
+        return weights
+    index = -1 if read == "last" else int(read)
+    if not -length <= index < length:
+        raise ValueError(f"read={read}: a text has only {length} tokens.")
+    weights[index] = 1.0
+    return weights
 
 
 def _norms(trace: Trace, layers: Sequence[int], bos: int | None) -> mx.array:
@@ -102,17 +146,21 @@ def extract(
     model: InterpretableModel,
     pairs: Iterable[ContrastPair],
     *,
+    read: str | int = "last",
     batch_tokens: int = 4096,
     progress: Callable[[int, int], None] | None = None,
 ) -> SteeringVector:
-    """Compute a steering vector: the mean difference of the two sides' activations at their last tokens.
+    """Compute a steering vector: the mean difference of the two sides' activations.
 
-    ``v_l = mean_i [h_l(p_i, positive_i) − h_l(p_i, negative_i)]``, the residual stream after every block l, in one
-    forward per batch; the head never runs. Contrastive activation addition, Rimsky et al. 2024, arXiv 2312.06681.
-
+    ``v_l = mean_i [h_l(p_i, positive_i) − h_l(p_i, negative_i)]``, with h_l the residual stream after block l, read at
+    ``v_l = mean_i [h_l(p_i, positive_i) − h_l(p_i, negative_i)]``, with h_l the residual stream after block l, read at
+    one token or averaged; all layers in one forward per batch, and the head never runs. Contrastive activation
+    addition, Rimsky et al. 2024, arXiv 2312.06681.
     Args:
         model: the model.
         pairs: contrast pairs; where they have splits, the ``"train"`` ones are used.
+        read: ``"last"`` for each text's last token, an index for another one (-2 for the letter in ``" (A)"``), or
+            ``"mean"`` for the mean over the completion's tokens.
         batch_tokens: the most tokens in one batch, padding included.
         progress: called with the number of texts done and the number of texts.
 
@@ -121,29 +169,34 @@ def extract(
 
     Raises:
         TypeError: they are no contrast pairs.
-        ValueError: there is no pair.
+        ValueError: there is no pair, or a text has no token to read.
     """
+    if read not in ("last", "mean") and (not isinstance(read, int) or isinstance(read, bool)):
+        raise ValueError(f"read is 'last', 'mean' or the index of a token, not {read!r}.")
     chosen = in_split(checked(pairs), "train")
-    texts = [
-        (pair.prompt + side, sign) for pair in chosen for side, sign in ((pair.positive, 1.0), (pair.negative, -1.0))
-    ]
-    tokens = [model.encode(text) for text, _ in texts]
+    sides = [(pair, side, sign) for pair in chosen for side, sign in (("positive", 1.0), ("negative", -1.0))]
+    encoded = [encode_side(model, pair, side) for pair, side, _ in sides]
+    tokens = [ids for ids, _ in encoded]
+    weights = [_reading(read, len(ids), prompt) for ids, prompt in encoded]
     layers = range(len(model.layers))
     bos = _bos(model)
     total: mx.array | None = None
     norms: list[mx.array] = []
     done = 0
     for batch in _batches([len(t) for t in tokens], batch_tokens):
+        width = max(len(tokens[i]) for i in batch)
         with model.trace([tokens[i] for i in batch]) as trace:
-            last = mx.stack([trace.last(f"layers.{layer}").astype(mx.float32) for layer in layers])  # (L, rows, D)
+            weight = mx.array(np.stack([np.pad(weights[i], (0, width - len(weights[i]))) for i in batch]))
+            states = [trace.activations[f"layers.{layer}"].astype(mx.float32) for layer in layers]
+            taken = mx.stack([mx.sum(h * weight[..., None], axis=1) for h in states])  # (L, rows, D)
             norms.append(_norms(trace, layers, bos))
-        signs = mx.array([texts[i][1] for i in batch])[None, :, None]
-        part = mx.sum(signs * last, axis=1)
+        signs = mx.array([sides[i][2] for i in batch])[None, :, None]
+        part = mx.sum(signs * taken, axis=1)
         total = part if total is None else total + part
         mx.eval(total, norms)
         done += len(batch)
         if progress is not None:
-            progress(done, len(texts))
+            progress(done, len(sides))
     assert total is not None
     median: Any = mx.median(mx.concatenate(norms, axis=1), axis=1).tolist()
     directions = total / len(chosen)
@@ -156,7 +209,7 @@ def extract(
             "hidden_size": int(directions.shape[-1]),
             "layers": len(layers),
             "method": "mean_difference",
-            "read": "last",
+            "read": read,
             "pairs": len(chosen),
         },
     )

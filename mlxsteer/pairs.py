@@ -20,21 +20,31 @@ class ContrastPair:
         positive: the completion that shows the behaviour, such as ``" delicious."``.
         negative: the completion that shows its opposite, such as ``" awful."``.
         split: ``"train"``, ``"choose"`` or ``"report"``, or None where there are no splits.
+        chat: the prompt is a user's message, and the completions are the answers of a chat model. With an empty prompt
+            the completions are two messages of a user, and what they differ in is read before any answer.
+        messages: a whole conversation in place of the prompt, as dicts with `role` and `content`.
     """
 
-    prompt: str
-    positive: str
-    negative: str
+    prompt: str = ""
+    positive: str = ""
+    negative: str = ""
     split: str | None = None
+    chat: bool = False
+    messages: tuple[dict[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("prompt", "positive", "negative"):
             if not isinstance(getattr(self, name), str):
                 raise TypeError(f"a contrast pair's {name} is a text, not {type(getattr(self, name)).__name__}.")
+        object.__setattr__(self, "messages", tuple(self.messages))
+        if self.messages and self.prompt:
+            raise ValueError("a contrast pair has a prompt or messages, not both.")
         if not self.prompt + self.positive or not self.prompt + self.negative:
             raise ValueError("a contrast pair with an empty side has nothing to read.")
         if self.positive == self.negative:
             raise ValueError(f"both sides of a contrast pair are {self.positive!r}: there is no contrast.")
+        if (self.chat or self.messages) and not (self.positive and self.negative):
+            raise ValueError("a contrast pair of a chat has two answers (or two messages), and one is empty.")
         if self.split is not None and self.split not in SPLITS:
             raise ValueError(f"a split is one of {', '.join(SPLITS)}, not {self.split!r}.")
 

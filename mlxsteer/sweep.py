@@ -11,6 +11,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from mlxsteer.extraction import encode_side
 from mlxsteer.hooks import Plan, activation, alias, attached, with_activation
 from mlxsteer.interventions import AddVector
 from mlxsteer.interventions.base import Where, number
@@ -88,16 +89,15 @@ def _colour(value: float, low: float, high: float) -> str:
 
 
 def _rows(model: InterpretableModel, pairs: Sequence[ContrastPair]) -> tuple[list[list[int]], list[int]]:
-    """Token ids of prompt + side, positives first, and how many of them are prompt."""
-    rows, prompts = [], []
-    for side in ("positive", "negative"):
-        for pair in pairs:
-            tokens = model.encode(pair.prompt + getattr(pair, side))
-            alone = model.encode(pair.prompt) if pair.prompt else tokens[:1]
-            shared = next((i for i, (a, b) in enumerate(zip(tokens, alone)) if a != b), min(len(tokens), len(alone)))  # noqa: B905
-            rows.append(tokens)
-            prompts.append(min(shared, len(tokens) - 1))
-    return rows, prompts
+    """Token ids of prompt + side, positives first, and how many of them are prompt.
+
+    Raises:
+        ValueError: a pair's sides are prompts themselves, so that there is no completion to score.
+    """
+    encoded = [encode_side(model, pair, side) for side in ("positive", "negative") for pair in pairs]
+    if any(len(tokens) == prompt for tokens, prompt in encoded):
+        raise ValueError("these pairs are two prompts each: a sweep measures completions, and there are none to score.")
+    return [tokens for tokens, _ in encoded], [prompt for _, prompt in encoded]
 
 
 def _effect(logits: mx.array, rows: Sequence[Sequence[int]], prompts: Sequence[int], copies: int) -> mx.array:

@@ -87,7 +87,7 @@ def test_ctrl_c_is_exit_code_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest
 
 
 def test_a_sweep_is_the_plain_loop(pocket: InterpretableModel) -> None:
-    pairs = datasets.load("sentiment")
+    pairs = datasets.load("pocket/sentiment")
     vector = extract(pocket, [p for p in pairs if p.split == "train"][:4])
     held_out = [p for p in pairs if p.split == "choose"][:2]
     strengths = [-1.5, 0.0, 2.0]

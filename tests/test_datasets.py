@@ -11,7 +11,7 @@ import mlxsteer as ms
 from mlxsteer import ContrastPair
 from mlxsteer.pairs import SPLITS, in_split
 
-SHIPPED = ["certainty", "formality", "sentiment"]
+SHIPPED = ["certainty", "formality", "pocket/certainty", "pocket/formality", "pocket/sentiment", "refusal", "sentiment"]
 every_set = pytest.mark.parametrize("name", ms.datasets.available())
 
 
@@ -48,10 +48,13 @@ def test_no_pair_is_in_a_set_twice_and_no_text_in_two_splits(name: str) -> None:
 def test_a_prompt_and_its_completions_make_a_text_without_gaps_or_double_blanks(name: str) -> None:
     for pair in ms.datasets.load(name):
         for side in (pair.positive, pair.negative):
+            assert side.strip()
+            if pair.chat or pair.messages:  # answers stand alone
+                assert side == side.strip()
+                continue
             assert "  " not in pair.prompt + side
             assert pair.prompt == pair.prompt.rstrip()
             assert side.startswith(" ")
-            assert side.strip()
 
 
 def test_a_set_is_the_lines_of_its_file(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,7 +75,7 @@ def test_a_set_is_the_lines_of_its_file(tmp_path: Any, monkeypatch: pytest.Monke
 
 
 def test_an_unknown_set_is_refused_with_the_nearest() -> None:
-    with pytest.raises(ValueError, match=r"no contrast set called 'sentimant'\. Nearest: sentiment\."):
+    with pytest.raises(ValueError, match=r"no contrast set called 'sentimant'\. Nearest: sentiment"):
         ms.datasets.load("sentimant")
 
 
@@ -117,3 +120,27 @@ def test_without_splits_every_split_is_all_pairs_and_with_them_only_its_own() ->
     assert in_split(split, "train") == split[:1]
     with pytest.raises(ValueError, match=r"no pair is in the split 'choose'; there are \['none', 'report', 'train'\]"):
         in_split(split, "choose")
+
+
+@every_set
+def test_every_set_for_real_models_has_a_card_and_a_hundred_pairs(name: str) -> None:
+    if name.startswith("pocket/"):
+        return
+    assert len(ms.datasets.load(name)) >= 100
+    card = ms.datasets.card(name)
+    assert card.startswith("#")
+    assert len(card.splitlines()) > 5
+
+
+def test_the_letters_of_two_option_sets_are_balanced_in_every_split() -> None:
+    for name in (n for n in ms.datasets.available() if n.endswith("_ab")):
+        for split in ("train", "choose", "report"):
+            letters = [pair.positive.strip() for pair in ms.datasets.load(name, split)]
+            assert letters.count("(A)") == letters.count("(B)") == len(letters) / 2
+
+
+def test_a_set_without_a_card_says_so() -> None:
+    with pytest.raises(ValueError, match="has no card"):
+        ms.datasets.card("pocket/sentiment")
+    with pytest.raises(ValueError, match="Nearest: sentiment"):
+        ms.datasets.card("sentimant")

@@ -24,9 +24,10 @@ from mlxsteer import (
     datasets,
     extract,
     mean_activations,
+    sweep,
 )
 from mlxsteer import interventions as iv
-from mlxsteer.extraction import _batches
+from mlxsteer.extraction import _batches, encode_side
 from mlxsteer.pairs import in_split
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz .,!"
@@ -193,7 +194,7 @@ def test_a_model_without_a_tokenizer_can_not_read_texts(llama: InterpretableMode
 
 
 def test_extract_on_the_bundled_model_separates_the_pairs_it_was_not_made_from(pocket: InterpretableModel) -> None:
-    pairs = datasets.load("sentiment")
+    pairs = datasets.load("pocket/sentiment")
     vector = extract(pocket, in_split(pairs, "train")[:10])
     right = []
     for pair in in_split(pairs, "report")[:5]:
@@ -317,3 +318,51 @@ def test_what_can_not_be_averaged_is_refused(llama: InterpretableModel) -> None:
         mean_activations(llama, PROMPTS, "layers.1", at="generated")
     with pytest.raises(PositionError, match="no such text"):
         mean_activations(llama, PROMPTS, "layers.1", at=after("q"))
+
+
+# -- chats, and what is read ------------------------------------------------------------------------------------------
+
+
+def test_a_chat_pair_goes_through_the_template(pocket: InterpretableModel) -> None:
+    template = pocket.tokenizer.apply_chat_template
+    pair = ContrastPair("How was it?", "Great.", "Awful.", chat=True)
+    said = list(template([{"role": "user", "content": "How was it?"}], add_generation_prompt=True))
+    answer = pocket.tokenizer.encode("Great.", add_special_tokens=False)
+    assert encode_side(pocket, pair, "positive") == ([*said, *answer], len(said))
+    requests = ContrastPair("", "Hurt my neighbor.", "Help my neighbor.", chat=True)
+    asked = list(template([{"role": "user", "content": "Help my neighbor."}], add_generation_prompt=True))
+    assert encode_side(pocket, requests, "negative") == (asked, len(asked))
+    talk = ContrastPair("", "Yes.", "No.", messages=({"role": "user", "content": "Is it?"},))
+    assert encode_side(pocket, talk, "positive")[1] == len(
+        template([{"role": "user", "content": "Is it?"}], add_generation_prompt=True)
+    )
+    with pytest.raises(ValueError, match="none to score"):
+        sweep(pocket, extract(pocket, [requests]), [requests], layers=[0])
+    with pytest.raises(ValueError, match="have none"):
+        extract(pocket, [requests], read="mean")
+    with pytest.raises(ValueError, match="not both"):
+        ContrastPair("a", "b", "c", messages=({"role": "user", "content": "d"},))
+    with pytest.raises(ValueError, match="one is empty"):
+        ContrastPair("a", "b", "", chat=True)
+
+
+@pytest.mark.parametrize("read", ["last", "mean", -2, 0])
+def test_what_is_read_is_what_a_loop_reads(pocket: InterpretableModel, read: str | int) -> None:
+    pairs = [
+        ContrastPair("The soup was", " really great.", " bad."),
+        ContrastPair("Our room", " was lovely", " was awful."),
+    ]
+    vector = extract(pocket, pairs, read=read)
+    total = mx.zeros((256,))
+    for pair in pairs:
+        for text, sign in ((pair.positive, 1), (pair.negative, -1)):
+            prompt, tokens = pocket.encode(pair.prompt), pocket.encode(pair.prompt + text)
+            with pocket.trace(tokens) as trace:
+                h = trace.activations["layers.3"][0]
+            taken = h[len(prompt) :].mean(axis=0) if read == "mean" else h[-1 if read == "last" else read]
+            total = total + sign * taken
+    assert mx.abs(vector[3] - total / 2).max().item() <= 1e-4
+    with pytest.raises(ValueError, match="only"):
+        extract(pocket, pairs, read=40)
+    with pytest.raises(ValueError, match="read is 'last'"):
+        extract(pocket, pairs, read="first")

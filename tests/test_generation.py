@@ -187,7 +187,7 @@ def test_rows_of_a_batch_keep_their_own_steering_as_they_join_and_leave(name: st
     ats: list[Any] = ["last", "generated", "all", None, -1, "prompt"]
     limits = [5, 9, 3, 7, 12, 6]
     steers = [None if at is None else {f"layers.{LAYER}": iv.add_vector(vector(i), at=at)} for i, at in enumerate(ats)]
-    batching = {} if name == "gemma2" else {"prefill_batch_size": 2, "completion_batch_size": 3}
+    batching = {} if not model._sites.family.batch else {"prefill_batch_size": 2, "completion_batch_size": 3}
     rows = model.generate(prompts, steers, max_tokens=limits, prefill_step_size=4, logprobs=True, **batching)
     meaning: dict[Any, Callable[[int, int], bool]] = {
         "last": lambda i, n: i >= n - 1, "generated": lambda i, n: i >= n, "all": lambda i, n: True,

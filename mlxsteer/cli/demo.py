@@ -55,7 +55,8 @@ def demo(
     if target.suffix != ".safetensors" or not target.absolute().parent.is_dir():
         raise ValueError(f"--out {target}: name a .safetensors file in a folder that exists.")
     screen, progress = Console(quiet=as_json), Console(stderr=True)
-    data = datasets.load(behaviour)
+    own = f"pocket/{behaviour}"  # the bundled model has sets in its own language
+    data = datasets.load(own if model == "pocket" and own in datasets.available() else behaviour)
     train, choose = in_split(data, "train")[:pairs], in_split(data, "choose")[:held_out]
     report = in_split(data, "report")[: 2 * held_out]
     loaded = InterpretableModel(model)

@@ -1,4 +1,7 @@
-"""Contrast sets that come with the package, one JSONL file each."""
+"""Contrast sets that come with the package, one JSONL file each, with a card in the `.md` file beside it.
+
+Those under ``pocket/`` are made of the bundled model's own language; the others are for real models.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,20 @@ _FOLDER = Path(__file__).parent
 def available() -> list[str]:
     """The names of the contrast sets."""
     return sorted(path.relative_to(_FOLDER).with_suffix("").as_posix() for path in _FOLDER.rglob("*.jsonl"))
+
+
+def card(name: str) -> str:
+    """What a contrast set holds: the behaviour, how its pairs are matched, how many there are, and its limits.
+
+    Raises:
+        ValueError: there is no set of that name, or it has no card.
+    """
+    if name not in available():
+        load(name)
+    path = _FOLDER / f"{name}.md"
+    if not path.is_file():
+        raise ValueError(f"{name} has no card.")
+    return path.read_text(encoding="utf-8")
 
 
 def load(name: str, split: str | None = None) -> list[ContrastPair]:
