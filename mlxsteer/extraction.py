@@ -153,9 +153,9 @@ def extract(
     """Compute a steering vector: the mean difference of the two sides' activations.
 
     ``v_l = mean_i [h_l(p_i, positive_i) − h_l(p_i, negative_i)]``, with h_l the residual stream after block l, read at
-    ``v_l = mean_i [h_l(p_i, positive_i) − h_l(p_i, negative_i)]``, with h_l the residual stream after block l, read at
     one token or averaged; all layers in one forward per batch, and the head never runs. Contrastive activation
     addition, Rimsky et al. 2024, arXiv 2312.06681.
+
     Args:
         model: the model.
         pairs: contrast pairs; where they have splits, the ``"train"`` ones are used.
