@@ -3,9 +3,9 @@
 from mlxsteer import datasets, interventions
 from mlxsteer.extraction import extract, mean_activations
 from mlxsteer.generation import Generation, NothingTouched
-from mlxsteer.hooks import NeverFired
 from mlxsteer.model import ContextLengthWarning, InterpretableModel
 from mlxsteer.pairs import ContrastPair
+from mlxsteer.plans import NeverFired
 from mlxsteer.positions import PositionError, after
 from mlxsteer.sites import UnknownKey, UnsupportedModel
 from mlxsteer.steering import SteeredCacheError

@@ -23,7 +23,8 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mlxsteer.hooks import Plan, active, attached
+from mlxsteer.hooks import active, attached
+from mlxsteer.plans import Plan
 from mlxsteer.positions import Prompt, Tokens
 from mlxsteer.sites import SiteMap
 from mlxsteer.steering import SteeredCacheError, Steering, SteeringState, carrier, fresh_rows, ride, state_of

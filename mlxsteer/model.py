@@ -20,8 +20,9 @@ from mlx_lm.generate import GenerationResponse
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlxsteer import generation
-from mlxsteer.hooks import NeverFired, Plan, attached, copying, disable, enable, new_owner, settle
+from mlxsteer.hooks import attached, copying, disable, enable, new_owner, settle
 from mlxsteer.places import Places, Writing
+from mlxsteer.plans import NeverFired, Plan
 from mlxsteer.positions import ToldPrompts
 from mlxsteer.sites import SiteMap
 from mlxsteer.steering import Steering

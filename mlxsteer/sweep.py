@@ -12,11 +12,12 @@ from rich.console import Console
 from rich.table import Table
 
 from mlxsteer.extraction import encode_side
-from mlxsteer.hooks import Plan, activation, alias, attached, with_activation
+from mlxsteer.hooks import activation, alias, attached, with_activation
 from mlxsteer.interventions import AddVector
 from mlxsteer.interventions.base import Where, number
 from mlxsteer.model import InterpretableModel
 from mlxsteer.pairs import ContrastPair, checked
+from mlxsteer.plans import Plan
 from mlxsteer.positions import At, Prompt, Tokens
 from mlxsteer.sites import Site
 from mlxsteer.vectors import SteeringVector

@@ -16,18 +16,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlxsteer.hooks import (
-    NeverFired,
-    Plan,
-    Stopped,
-    activation,
-    alias,
-    attached,
-    detached,
-    surrounding,
-    with_activation,
-)
+from mlxsteer.hooks import activation, alias, attached, detached, surrounding, with_activation
 from mlxsteer.interventions.base import Function
+from mlxsteer.plans import NeverFired, Plan, Stopped
 from mlxsteer.positions import Position, PositionError, Prompt, Tokens
 from mlxsteer.sites import Site, SiteMap, UnknownKey
 from mlxsteer.steering import Steering
