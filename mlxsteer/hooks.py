@@ -47,14 +47,18 @@ _enabled = _Enabled()
 
 def active(model: nn.Module) -> list[Plan]:
     """The plans that a call of `model` from here would follow, outermost first."""
-    plans = (*model.__dict__.get(_RESIDENT, ()), *_enabled.plans, *_stack.get())
+    plans = (*residents(model), *_enabled.plans, *_stack.get())
     return [plan for plan in plans if plan.owners and plan.sites.model is model]
+
+
+def residents(model: nn.Module) -> tuple[Plan, ...]:
+    """The plans that are part of an edited model; none for any other."""
+    return tuple(model.__dict__.get(_RESIDENT, ()))
 
 
 def surrounding(model: nn.Module) -> list[Plan]:
     """The plans active for `model` here, without those that are part of the model itself."""
-    resident = model.__dict__.get(_RESIDENT, ())
-    return [plan for plan in active(model) if all(plan is not own for own in resident)]
+    return [plan for plan in active(model) if all(plan is not own for own in residents(model))]
 
 
 # -- class swap ----------------------------------------------------------------------------------------------------
@@ -163,7 +167,7 @@ def settle(plan: Plan) -> None:
     root = plan.sites.model
     _begin([plan], new_owner())
     # past nn.Module's own __setattr__, which would enter a list among the parameters
-    object.__setattr__(root, _RESIDENT, (*root.__dict__.get(_RESIDENT, ()), plan))
+    object.__setattr__(root, _RESIDENT, (*residents(root), plan))
     weakref.finalize(root, _forget, [id(module) for module in plan.modules])
 
 
@@ -324,7 +328,7 @@ class Forward:
 
     def _check_residents(self) -> None:
         """An edited model's edits act in every forward, or it says so: a module may have been exchanged since."""
-        for plan in self.root.__dict__.get(_RESIDENT, ()):
+        for plan in residents(self.root):
             for steering in plan.steerings:
                 for site, _ in steering.edits:
                     if self.calls.get(id(site.module), 0) <= (site.call or 0):

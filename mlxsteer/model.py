@@ -20,7 +20,7 @@ from mlx_lm.generate import GenerationResponse
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlxsteer import generation
-from mlxsteer.hooks import attached, copying, disable, enable, new_owner, settle
+from mlxsteer.hooks import attached, copying, disable, enable, new_owner, residents, settle
 from mlxsteer.places import Places, Writing
 from mlxsteer.plans import NeverFired, Plan
 from mlxsteer.positions import ToldPrompts
@@ -354,7 +354,7 @@ class InterpretableModel:
         if interventions is not None:
             Steering.of(self._sites, interventions)  # refuse what doesn't fit before copying anything
             edited = self._copied()
-            edited._settle(interventions)
+            edited._settle(Steering.of(edited._sites, interventions))
             return edited
         return self._edit_block()
 
@@ -368,20 +368,21 @@ class InterpretableModel:
                 "the edit block wrote nothing: write to the edited model, `with model.edit() as edited: "
                 "edited.layers[5].output[:, -1] += v`."
             )
-        edited._settle(writing.writes)
+        edited._settle(Steering.of(edited._sites, writing.writes))
 
     def _copied(self) -> InterpretableModel:
         edited = copy.copy(self)
         with copying():
             edited.model = copy.deepcopy(self.model, {id(a): a for a in _arrays(self.model)})
         edited._sites = SiteMap(edited.model)
-        for plan in self.model.__dict__.get("_mlxsteer_resident", ()):
-            for steering in plan.steerings:
-                edited._settle({site.key: intervention for site, intervention in steering.edits})
+        for plan in residents(self.model):
+            for steering in plan.steerings:  # edit by edit: a place may have several
+                edits = tuple((edited._sites.resolve(site.key), intervention) for site, intervention in steering.edits)
+                edited._settle(Steering(edits))
         return edited
 
-    def _settle(self, interventions: Mapping[str, Any]) -> None:
-        settle(Plan(self._sites, steerings=[Steering.of(self._sites, interventions)], adopt=True))
+    def _settle(self, steering: Steering) -> None:
+        settle(Plan(self._sites, steerings=[steering], adopt=True))
 
     # -- generating ------------------------------------------------------------------------------------------------
 

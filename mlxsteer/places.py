@@ -200,14 +200,14 @@ _writing: ContextVar[tuple[Writing, ...]] = ContextVar("mlxsteer_writing", defau
 class Record:
     """What stands for an activation in an edit block: it takes writes in place, and nothing else."""
 
-    def __init__(self, writing: Writing, key: str, index: Any = None, whole: bool = True) -> None:
-        self._writing, self._key, self._index, self._whole = writing, key, index, whole
+    def __init__(self, writing: Writing, key: str, whole: bool = True) -> None:
+        self._writing, self._key, self._whole = writing, key, whole
         self._done: list[tuple[str, Any]] = []
 
     def __getitem__(self, index: Any) -> Record:
         if not self._whole:
             raise LostWrite("write with one index: output[:, -1, :8] += v instead of output[:, -1][:8] += v.")
-        return Record(self._writing, self._key, index, whole=False)
+        return Record(self._writing, self._key, whole=False)
 
     def __setitem__(self, index: Any, value: Any) -> None:
         if isinstance(value, Record):

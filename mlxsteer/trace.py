@@ -16,7 +16,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlxsteer.hooks import activation, alias, attached, detached, surrounding, with_activation
+from mlxsteer.hooks import activation, alias, attached, detached, residents, surrounding, with_activation
 from mlxsteer.interventions.base import Function
 from mlxsteer.plans import NeverFired, Plan, Stopped
 from mlxsteer.positions import Position, PositionError, Prompt, Tokens
@@ -440,7 +440,7 @@ class Trace:
         start, end = min([known, *segments]), max(segments)
         # Reading alone needs no block behind the last place read; edits and surrounding contexts must see them all.
         early = end < len(self._blocks) - 1 and self.sites.family.replay and not (self._edits or self._outer)
-        early = early and not self.sites.model.__dict__.get("_mlxsteer_resident")
+        early = early and not residents(self.sites.model)
         wanted = [*self._blocks[start : end + 1 if early else None], *capture, *([] if early else [self._logits])]
         plan = self._plan(list(dict.fromkeys(wanted)), start, end if early else len(self._blocks))
         plan.stop = self._blocks[end] if early else None

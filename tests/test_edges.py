@@ -202,6 +202,14 @@ def test_an_edited_model_is_not_copied_without_its_edits(model: InterpretableMod
     assert mx.array_equal(model.edit(A).edit(B).model(TOKENS), model.edit({**A, **B}).model(TOKENS))
 
 
+def test_editing_an_edited_model_keeps_every_edit_of_a_place(model: InterpretableModel) -> None:
+    twice = {"layers.*": iv.add_vector(vector(5)), "layers.1": iv.add_vector(vector(6))}
+    once, again = model.edit(twice), model.edit(twice).edit({"layers.0.mlp": iv.scale(1.0)})
+    assert mx.array_equal(once.model(TOKENS), again.model(TOKENS))
+    with model.trace(PROMPT, interventions=twice):
+        assert mx.array_equal(model.output, again.model(TOKENS))
+
+
 def test_a_steered_module_called_by_itself_is_refused(model: InterpretableModel) -> None:
     hidden = model.model.model.embed_tokens(TOKENS)
     with model.steer(A):

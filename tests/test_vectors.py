@@ -278,3 +278,12 @@ def test_foreign_files_and_later_versions_say_what_they_are(tmp_path: Path) -> N
     mx.save_safetensors(str(path), {"layers.0": mx.ones(3)}, {room.FORMAT: json.dumps({"version": 7})})
     with pytest.raises(ValueError, match=r"version 7; this mlxsteer reads up to 1"):
         SteeringVector.load(path)
+
+
+def test_what_is_orthogonal_to_another_vector_has_none_of_it_left() -> None:
+    mx.random.seed(0)
+    a, b = (SteeringVector({1: mx.random.normal((16,)), 3: mx.random.normal((16,))}) for _ in range(2))
+    left = a.orthogonal_to(b)
+    for layer in (1, 3):
+        x, y = np.array(a[layer], np.float64), np.array(b[layer], np.float64)
+        np.testing.assert_allclose(np.array(left[layer]), x - (x @ y) / (y @ y) * y, atol=1e-6)

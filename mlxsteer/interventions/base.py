@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar
 
 import mlx.core as mx
 import numpy as np
 
 from mlxsteer.positions import Position, Tokens
-
-Strength: TypeAlias = "float | Sequence[float] | mx.array"
-"""A number, or one per row of a batch."""
 
 
 @dataclass(frozen=True, eq=False)
