@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -27,6 +27,9 @@ from mlxsteer.positions import ToldPrompts
 from mlxsteer.sites import SiteMap
 from mlxsteer.steering import Steering
 from mlxsteer.trace import Recording, Trace, innermost
+
+if TYPE_CHECKING:
+    from mlxsteer.lens import Lens
 
 Text: TypeAlias = "str | Sequence[int] | Sequence[Mapping[str, Any]] | mx.array"
 """One prompt: a text, token ids, or chat messages (dicts with `role` and `content`)."""
@@ -94,6 +97,21 @@ class InterpretableModel:
         hidden = f", hidden size {width}" if width else ""
         kind = getattr(self.model, "model_type", type(self.model).__name__)
         return f"InterpretableModel({self.name!r}: {kind}, {len(self._sites.blocks)} layers{hidden}{quantized})"
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a vector's file says of the model it was computed on: name, architecture and quantization."""
+        formats = {
+            f"{module.bits}-bit, group {module.group_size}"
+            for module in self.model.modules()
+            if getattr(module, "bits", None) is not None
+        }
+        name = self.name if not os.path.isdir(self.name) else os.path.basename(os.path.normpath(self.name))
+        return {
+            "model": name,
+            "architecture": getattr(self.model, "model_type", None),
+            "quantization": ", ".join(sorted(formats)) or None,
+        }
 
     def __call__(self, *_: Any, **__: Any) -> None:
         """Refused: a forward is run by `trace`, or by the model itself.
@@ -257,6 +275,13 @@ class InterpretableModel:
                 if not 1 <= count <= len(tokens):
                     raise ValueError(f"prompt_tokens={count}: the row has {len(tokens)} tokens.")
         return Trace(self._sites, prompts, decode, steering, counts)
+
+    @property
+    def lens(self) -> Lens:
+        """The logit lens: ``model.lens.tokens(vector[5])`` says which tokens a direction boosts and suppresses."""
+        from mlxsteer.lens import Lens
+
+        return Lens(self)
 
     @property
     def output(self) -> Any:

@@ -11,7 +11,6 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from mlxsteer.extraction import encode_side
 from mlxsteer.hooks import activation, alias, attached, with_activation
 from mlxsteer.interventions import AddVector
 from mlxsteer.interventions.base import Where, number
@@ -19,6 +18,7 @@ from mlxsteer.model import InterpretableModel
 from mlxsteer.pairs import ContrastPair, checked
 from mlxsteer.plans import Plan
 from mlxsteer.positions import At, Prompt, Tokens
+from mlxsteer.reading import encode_side
 from mlxsteer.sites import Site
 from mlxsteer.vectors import SteeringVector
 

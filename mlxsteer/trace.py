@@ -250,7 +250,7 @@ class Trace:
     def __enter__(self) -> Trace:
         around = surrounding(self.sites.model)
         self._watchers = [plan for plan in around if plan.keep is not None]
-        self._outer = [(plan, _frozen(plan)) for plan in around if plan.keep is None]
+        self._outer = [(plan, frozen(plan)) for plan in around if plan.keep is None]
         if self._edits or self._outer:  # refuse at once what doesn't fit or never runs
             self._stage([self._logits])
         _open.set((*_open.get(), self))
@@ -475,7 +475,7 @@ def _constant(value: mx.array) -> Callable[[mx.array], mx.array]:
     return lambda x: value
 
 
-def _frozen(plan: Plan) -> Plan:
+def frozen(plan: Plan) -> Plan:
     """A plan around a trace as it was when the trace began: strengths that change later don't reach into it."""
     steerings = [Steering(s.edits, s.strength, s.name) for s in plan.steerings]
     return Plan(plan.sites, edits=plan.edits, replay=plan.replay, steerings=steerings, adopt=plan.adopt)

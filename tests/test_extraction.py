@@ -27,8 +27,8 @@ from mlxsteer import (
     sweep,
 )
 from mlxsteer import interventions as iv
-from mlxsteer.extraction import _batches, encode_side
 from mlxsteer.pairs import in_split
+from mlxsteer.reading import encode_side, single_batches
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz .,!"
 BOS = 1
@@ -211,7 +211,7 @@ def test_extract_on_the_bundled_model_separates_the_pairs_it_was_not_made_from(p
 @given(lengths=st.lists(st.integers(1, 40), max_size=30), budget=st.integers(1, 120))
 @settings(max_examples=100, deadline=None, derandomize=True)
 def test_batches_hold_every_row_once_within_the_budget(lengths: list[int], budget: int) -> None:
-    batches = list(_batches(lengths, budget))
+    batches = list(single_batches(lengths, budget))
     assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
     for batch in batches:
         assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= budget
@@ -364,5 +364,5 @@ def test_what_is_read_is_what_a_loop_reads(pocket: InterpretableModel, read: str
     assert mx.abs(vector[3] - total / 2).max().item() <= 1e-4
     with pytest.raises(ValueError, match="only"):
         extract(pocket, pairs, read=40)
-    with pytest.raises(ValueError, match="read is 'last'"):
-        extract(pocket, pairs, read="first")
+    with pytest.raises(ValueError, match="read is .last."):
+        extract(pocket, pairs, read="middle")

@@ -228,6 +228,7 @@ def everything(width: int = 4, **more: Any) -> dict[str, iv.Intervention]:
     return found | {
         "noise": iv.noise(1.0, **more),
         "patch": iv.replace_with(array((3, width)), **more),
+        "sequence": iv.add_sequence(array((3, width)), **more),
         "function": iv.Function(lambda x: x + 1, **more),
     }
 
@@ -806,7 +807,10 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> dict[str, type]:
     return own
 
 
-OPERATORS = ["ablate", "add_vector", "clamp", "compose", "mean_replace", "noise", "replace_with", "scale", "zero_out"]
+OPERATORS = [
+    "ablate", "add_sequence", "add_vector", "clamp", "compose", "mean_replace", "noise", "replace_with", "scale",
+    "zero_out",
+]  # fmt: skip
 
 
 def test_every_operator_is_registered_under_its_name() -> None:
@@ -969,6 +973,7 @@ def registered_examples() -> dict[str, iv.Intervention]:
         "rows": iv.zero_out([0.1, 0.0, -3.0]),
         "array strength": iv.zero_out(mx.array([0.1, 2.0])),
         "patch": iv.replace_with(random((1, 3, 5), 1), align="start"),
+        "sequence": iv.add_sequence(random((3, 5), 2), -0.5),
         "noise": iv.noise(0.7, 2**32 - 1),
         "compose": inner,
         "nested": iv.Compose((inner, iv.clamp(None, 2.0), inner), strength=0.25),
@@ -1271,3 +1276,28 @@ def test_a_saved_file_replaces_the_old_one_and_can_be_read_by_others(tmp_path: P
     plain = tmp_path / "plain"
     plain.touch()
     assert path.stat().st_mode == plain.stat().st_mode
+
+
+@given(st.integers(1, 6), st.integers(0, 5), st.integers(1, 4), st.sampled_from([1.0, -0.5, (2.0, 0.25)]))
+@hypothesis_settings
+def test_add_sequence_adds_one_vector_per_position_at_the_front_of_the_prompt(
+    count: int, start: int, prompt: int, strength: Any
+) -> None:
+    x, vectors = array((2, 4, 5), 3), array((count, 5), 4)
+    y = iv.add_sequence(vectors, strength)(x, where(x, starts=[start, 0], prompt=prompt))
+    expected = numpy(x).copy()
+    for row, (begin, s) in enumerate(zip((start, 0), np.broadcast_to(strength, 2), strict=True)):
+        for token in range(4):
+            if begin + token < min(count, prompt):
+                expected[row, token] += s * numpy(vectors)[begin + token]
+    np.testing.assert_allclose(numpy(y), expected, atol=1e-6)
+
+
+def test_add_sequence_refuses_what_is_no_sequence_of_vectors() -> None:
+    with pytest.raises(ValueError, match=r"\(positions, D\), not \(5,\)"):
+        iv.add_sequence(mx.ones(5))
+    with pytest.raises(ValueError, match="has width 5, the activation has 4"):
+        iv.add_sequence(mx.ones((2, 5)))(array((1, 3, 4), 1), where(array((1, 3, 4), 1)))
+    heads = array((1, 3, 2, 5), 1)
+    with pytest.raises(ValueError, match=r"it takes \(positions, \*\(2, 5\)\)"):
+        iv.add_sequence(mx.ones((2, 5)))(heads, where(heads))

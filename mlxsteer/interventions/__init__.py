@@ -10,6 +10,7 @@ from mlxsteer.interventions.base import Compose, Function, Intervention, compose
 from mlxsteer.interventions.files import load, save
 from mlxsteer.interventions.operators import (
     Ablate,
+    AddSequence,
     AddVector,
     Clamp,
     MeanReplace,
@@ -18,6 +19,7 @@ from mlxsteer.interventions.operators import (
     Scale,
     ZeroOut,
     ablate,
+    add_sequence,
     add_vector,
     clamp,
     mean_replace,
@@ -38,6 +40,7 @@ def __getattr__(name: str) -> object:
 
 __all__ = [
     "Ablate",
+    "AddSequence",
     "AddVector",
     "Clamp",
     "Compose",
@@ -49,6 +52,7 @@ __all__ = [
     "Scale",
     "ZeroOut",
     "ablate",
+    "add_sequence",
     "add_vector",
     "after",
     "available",

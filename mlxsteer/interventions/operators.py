@@ -70,6 +70,43 @@ class AddVector(Intervention):
         return moved.astype(mx.float32) * (before / mx.maximum(after, 1e-12))
 
 
+@register("add_sequence")
+@dataclass(frozen=True, eq=False, repr=False)
+class AddSequence(Intervention):
+    """Add a vector of its own to each position at the front of a prompt: ``x'_p = x_p + s·v_p`` for p < k.
+
+    Tokens behind the k-th, and generated ones, stay. Turner et al. 2023, Activation addition, arXiv 2308.10248.
+
+    Args:
+        vectors: v, (k, D), one per position from 0 on.
+        strength: s.
+    """
+
+    vectors: Any
+    strength: Any = 1.0
+
+    def __post_init__(self) -> None:
+        self._set(vectors=tensor(self.vectors, "add_sequence: the vectors"))
+        if self.vectors.ndim != 2:
+            raise ValueError(f"add_sequence: the vectors have shape (positions, D), not {self.vectors.shape}.")
+        super().__post_init__()
+
+    def formula(self, x: mx.array, strength: float | mx.array, where: Where) -> mx.array:
+        if x.shape[2:] != self.vectors.shape[1:]:
+            raise ValueError(
+                f"add_sequence at {where.key}: the vectors have shape {self.vectors.shape}, the activation {x.shape}; "
+                f"it takes (positions, *{x.shape[2:]})."
+            )
+        tokens, count = where.tokens, self.vectors.shape[0]
+        index = np.add.outer(tokens.starts, np.arange(tokens.width))
+        ends = [min(prompt.needed("add_sequence"), count) for prompt in tokens.prompts]
+        covered = (index >= 0) & (index < np.array(ends)[:, None])
+        if not covered.any():
+            return x
+        moved = x + (strength * self.vectors[mx.array(np.clip(index, 0, count - 1))]).astype(x.dtype)
+        return mx.where(mx.array(covered)[..., None], moved, x)
+
+
 @register("ablate")
 @dataclass(frozen=True, eq=False, repr=False)
 class Ablate(Intervention):
@@ -321,6 +358,7 @@ class Noise(Intervention):
 
 
 add_vector = AddVector
+add_sequence = AddSequence
 ablate = Ablate
 mean_replace = MeanReplace
 zero_out = ZeroOut

@@ -1,0 +1,104 @@
+"""The logit lens: vectors and activations through the model's own final norm and head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlxsteer.hooks import attached, detached
+from mlxsteer.interventions.base import Function, tensor
+from mlxsteer.model import InterpretableModel
+from mlxsteer.plans import Plan
+from mlxsteer.positions import Prompt, Tokens
+
+
+@dataclass(frozen=True)
+class LensTokens:
+    """The tokens that a direction speaks for and against.
+
+    Attributes:
+        boosted: (token, logit), the highest first.
+        suppressed: (token, logit), the lowest first.
+    """
+
+    boosted: tuple[tuple[str, float], ...]
+    suppressed: tuple[tuple[str, float], ...]
+
+    def __str__(self) -> str:
+        sides = (("boosted", self.boosted), ("suppressed", self.suppressed))
+        return "\n".join(f"{name}: {', '.join(f'{t!r} {v:+.2f}' for t, v in side)}" for name, side in sides)
+
+
+class Lens:
+    """A model's final norm and head, to look through at any point of the residual stream.
+
+    nostalgebraist 2020, Interpreting GPT: the logit lens. ``model.lens`` is the model's own.
+
+    Args:
+        model: the model.
+    """
+
+    def __init__(self, model: InterpretableModel) -> None:
+        self.model = model
+
+    def __repr__(self) -> str:
+        return f"<the logit lens of {self.model!r}>"
+
+    def logits(self, states: Any) -> mx.array:
+        """What the model would say if the residual stream ended in these states: ``head(norm(x))``.
+
+        Only the norm and the head run. Works on tied and quantized heads, and after any softcap.
+
+        Args:
+            states: (D,) or (..., D).
+
+        Returns:
+            (..., vocabulary), staged.
+
+        Raises:
+            ValueError: they are not of the model's width, or not finite.
+        """
+        x = tensor(states, "lens: the states")
+        sites = self.model._sites
+        last = sites.resolve(f"layers.{len(sites.blocks) - 1}")
+        width = sites.width(last)
+        if width is not None and x.shape[-1] != width:
+            raise ValueError(f"lens: the states have shape {x.shape}; the residual stream is of width {width}.")
+        rows = x.reshape(1, -1, x.shape[-1])
+        count = rows.shape[1]
+        # The last block's output is exchanged, so that nothing before it is ever computed.
+        tokens = Tokens([0], [count], count, [Prompt(count, whole=True)])
+        plan = Plan(sites, edits=[(last, Function(lambda _: rows))], tokens=tokens)
+        with detached(), attached(plan):
+            logits = self.model.model(mx.zeros((1, count), dtype=mx.int32))
+        plan.check_fired()
+        return logits.reshape(*x.shape[:-1], -1)
+
+    def tokens(self, direction: Any, k: int = 10) -> LensTokens:
+        """The tokens whose logits a direction raises and lowers most: ``head(norm(v)) − head(norm(0))``.
+
+        The norm takes the length away: only the direction counts.
+
+        Args:
+            direction: a vector's direction or an activation, (D,).
+            k: how many of each.
+
+        Raises:
+            ValueError: it is not of the model's width, or is zero; k is not from 1 to the size of the vocabulary.
+        """
+        v = tensor(direction, "lens: the direction")
+        if v.ndim != 1:
+            raise ValueError(f"lens: one direction has shape (D,), not {v.shape}.")
+        if not v.any().item():
+            raise ValueError("lens: the direction is zero.")
+        logits = self.logits(mx.stack([v, mx.zeros_like(v)])).astype(mx.float32)
+        shift = np.array(logits[0] - logits[1])
+        if isinstance(k, bool) or not 1 <= k <= len(shift):
+            raise ValueError(f"k is a number of tokens from 1 to {len(shift)}, not {k!r}.")
+        order = np.argsort(-shift, kind="stable")
+        name = self.model.token_to_str if self.model.tokenizer is not None else str
+        told = [tuple((name(int(i)), float(shift[i])) for i in part) for part in (order[:k], order[::-1][:k])]
+        return LensTokens(*told)
