@@ -15,6 +15,19 @@ from mlxsteer.plans import Plan
 from mlxsteer.positions import Prompt, Tokens
 
 
+def through_head(model: InterpretableModel, states: mx.array) -> mx.array:
+    """The final norm and the head, alone, on states of the residual stream: (n, D) → (n, vocabulary), staged."""
+    sites, count = model._sites, states.shape[0]
+    last = sites.resolve(f"layers.{len(sites.blocks) - 1}")
+    # The last block's output is exchanged, so that nothing before it is ever computed.
+    tokens = Tokens([0], [count], count, [Prompt(count, whole=True)])
+    plan = Plan(sites, edits=[(last, Function(lambda _: states[None]))], tokens=tokens)
+    with detached(), attached(plan):
+        logits: mx.array = model.model(mx.zeros((1, count), dtype=mx.int32))
+    plan.check_fired()
+    return logits[0]
+
+
 @dataclass(frozen=True)
 class LensTokens:
     """The tokens that a direction speaks for and against.
@@ -63,19 +76,10 @@ class Lens:
         """
         x = tensor(states, "lens: the states")
         sites = self.model._sites
-        last = sites.resolve(f"layers.{len(sites.blocks) - 1}")
-        width = sites.width(last)
+        width = sites.width(sites.resolve("layers.0"))
         if width is not None and x.shape[-1] != width:
             raise ValueError(f"lens: the states have shape {x.shape}; the residual stream is of width {width}.")
-        rows = x.reshape(1, -1, x.shape[-1])
-        count = rows.shape[1]
-        # The last block's output is exchanged, so that nothing before it is ever computed.
-        tokens = Tokens([0], [count], count, [Prompt(count, whole=True)])
-        plan = Plan(sites, edits=[(last, Function(lambda _: rows))], tokens=tokens)
-        with detached(), attached(plan):
-            logits = self.model.model(mx.zeros((1, count), dtype=mx.int32))
-        plan.check_fired()
-        return logits.reshape(*x.shape[:-1], -1)
+        return through_head(self.model, x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
 
     def tokens(self, direction: Any, k: int = 10) -> LensTokens:
         """The tokens whose logits a direction raises and lowers most: ``head(norm(v)) − head(norm(0))``.

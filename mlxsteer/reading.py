@@ -3,7 +3,6 @@ block that is read runs at all."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -13,6 +12,7 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
+from mlxsteer.forks import forkable, forked
 from mlxsteer.hooks import activation, attached, detached, residents, surrounding
 from mlxsteer.model import InterpretableModel
 from mlxsteer.pairs import ContrastPair
@@ -28,9 +28,6 @@ every token but BOS), the index of a token, or a callable from token ids to one 
 
 SHORTEST_SHARED = 4
 """Fewer tokens in common are not worth a forward of their own."""
-
-# Caches whose every array has the batch in front, so that a filled one can be copied for a second row.
-_FORKED = {"KVCache", "RotatingKVCache", "ArraysCache", "MambaCache", "CacheList"}
 
 
 @dataclass(frozen=True)
@@ -226,7 +223,7 @@ class Reader:
         self.stop = None
         if all(layer is not None for layer in layers) and not self.steered:
             self.stop = model._sites.resolve(f"layers.{max(layer for layer in layers if layer is not None)}")
-        self.forks = family.replay and family.batch and all(map(_forkable, make_prompt_cache(model.model)))
+        self.forks = family.replay and family.batch and forkable(make_prompt_cache(model.model))
 
     def __call__(
         self, texts: Sequence[Text], weights: Sequence[np.ndarray], batch: Batch
@@ -261,8 +258,8 @@ class Reader:
         captured = self._forward(rows[:half], 0, shared, cache)
         norms = self._norms(captured, [Text(row.tokens[:shared], shared) for row in rows[:half]], 0)
         captured.clear()
-        both = [_twice(entry, half) for entry in cache]
-        captured = self._forward(rows, shared, max(len(row.tokens) for row in rows) - shared, both)
+        width = max(len(row.tokens) for row in rows) - shared
+        captured = self._forward(rows, shared, width, forked(cache, half, 2))
         taken, own = self._reduce(captured, rows, weights, shared)
         if norms is None or own is None:
             return taken, None
@@ -336,27 +333,6 @@ def _prompts_differ(rows: Sequence[Text]) -> bool:
     """Whether partners have prompts of their own: a steering's positions, told by the prompt, are then not the same."""
     half = len(rows) // 2
     return any(a.tokens[: a.prompt] != b.tokens[: b.prompt] for a, b in zip(rows[:half], rows[half:], strict=True))
-
-
-def _forkable(entry: Any) -> bool:
-    inner = getattr(entry, "caches", None)
-    return type(entry).__name__ in _FORKED and (inner is None or all(map(_forkable, inner)))
-
-
-def _twice(entry: Any, rows: int) -> Any:
-    """A cache entry for every row and its partner: each array twice along the batch."""
-
-    def doubled(value: Any) -> Any:
-        if isinstance(value, mx.array):
-            return mx.concatenate([value, value]) if value.ndim and value.shape[0] == rows else value
-        if isinstance(value, (list, tuple)):
-            return type(value)(map(doubled, value))
-        return _twice(value, rows) if _forkable(value) else value
-
-    made = copy.copy(entry)
-    for name, value in vars(entry).items():
-        setattr(made, name, doubled(value))
-    return made
 
 
 def as_chat(pair: ContrastPair) -> ContrastPair:

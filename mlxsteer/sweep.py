@@ -2,48 +2,71 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
 
 import mlx.core as mx
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from mlxsteer.hooks import activation, alias, attached, with_activation
-from mlxsteer.interventions import AddVector
-from mlxsteer.interventions.base import Where, number
+from mlxsteer.continuation import Continuation
+from mlxsteer.interventions import create
+from mlxsteer.interventions.base import Intervention, number
+from mlxsteer.interventions.files import write_whole
 from mlxsteer.model import InterpretableModel
 from mlxsteer.pairs import ContrastPair, checked
-from mlxsteer.plans import Plan
-from mlxsteer.positions import At, Prompt, Tokens
-from mlxsteer.reading import encode_side
-from mlxsteer.sites import Site
+from mlxsteer.positions import At, Position
+from mlxsteer.progress import Step, reporting
+from mlxsteer.reading import Text, as_chat, encode_side, encode_text
 from mlxsteer.vectors import SteeringVector
+
+Metric: TypeAlias = "str | Sequence[str] | Callable[[mx.array], mx.array]"
+"""What is measured: ``"logprob_difference"`` of a pair's completions; a list of texts of one token each, for their
+probability together; or a callable from the logits behind each prompt, (prompts, vocabulary), to (prompts,)."""
+
+Maker: TypeAlias = "str | Callable[[mx.array, list[float]], Intervention]"
+"""The name of a registered intervention that takes one direction, or a callable from a direction and one strength per
+row to an intervention."""
 
 
 @dataclass(frozen=True, eq=False)
 class Sweep:
-    """The effect of a steering vector on contrast pairs, over layers and strengths.
+    """The effect of a steering vector over layers, strengths and prompts.
 
     Attributes:
-        effect: ``log P(positive | prompt) − log P(negative | prompt)`` in nats, summed over the completion's tokens;
-            layers × strengths × pairs.
+        effect: layers × strengths × prompts; NaN where the sweep was interrupted.
         layers: the layers of the first axis.
         strengths: the strengths of the second axis.
+        unit: what a strength of 1 is: ``"raw"``, the vector; ``"residual"``, the layer's median norm.
+        metric: what was measured.
+        record: model, vector, data, positions and versions, to say what was measured.
     """
 
-    effect: np.ndarray
+    effect: np.ndarray[Any, Any]
     layers: list[int]
     strengths: list[float]
+    unit: str = "raw"
+    metric: str = "logprob_difference"
+    record: Mapping[str, Any] = field(default_factory=dict)
 
     def __repr__(self) -> str:
-        layers, strengths, pairs = self.effect.shape
-        return f"Sweep({layers} layers × {strengths} strengths × {pairs} pairs)"
+        layers, strengths, prompts = self.effect.shape
+        return f"Sweep({layers} layers × {strengths} strengths × {prompts} prompts)"
+
+    @property
+    def mean(self) -> np.ndarray[Any, Any]:
+        """The mean effect over prompts, layers × strengths."""
+        mean: np.ndarray[Any, Any] = self.effect.mean(axis=2)
+        return mean
 
     def table(self) -> str:
-        """The mean effect over pairs as a table in plain text; layers down, strengths across."""
+        """The mean effect over prompts as a table in plain text; layers down, strengths across."""
         console = Console(width=100, no_color=True, force_terminal=False)
         with console.capture() as capture:
             console.print(self)
@@ -51,12 +74,14 @@ class Sweep:
 
     def __rich__(self) -> Table:
         """The same for a terminal that shows colours."""
-        mean = self.effect.mean(axis=2)
-        table = Table(title="log P(positive) − log P(negative), mean over pairs, in nats")
+        mean = self.mean
+        table = Table(
+            title=f"{_TITLES.get(self.metric, self.metric)}, mean over prompts; strength in {_UNITS[self.unit]}"
+        )
         table.add_column("layer", justify="right")
         for strength in self.strengths:
             table.add_column(f"{strength:+g}" if strength else "0", justify="right")
-        low, high = mean.min(), mean.max()
+        low, high = np.nanmin(mean), np.nanmax(mean)
         for layer, row in zip(self.layers, mean, strict=True):
             cells = [f"[{_colour(value, low, high)}]{value:+.2f}[/]" for value in row]
             table.add_row(str(layer), *cells)
@@ -68,7 +93,7 @@ class Sweep:
         Raises:
             ValueError: no strength was swept together with its negative and 0.
         """
-        mean = self.effect.mean(axis=2)
+        mean = self.mean
         at = {strength: i for i, strength in enumerate(self.strengths)}
         both = [s for s in self.strengths if s > 0 and -s in at and 0.0 in at]
         if not both:
@@ -80,6 +105,48 @@ class Sweep:
         }
         return max(moved, key=lambda choice: moved[choice])
 
+    def to_json(self, path: str | Path | None = None) -> str:
+        """The sweep as JSON; with a path, also written there, whole or not at all."""
+        effect = [[[None if np.isnan(x) else float(x) for x in row] for row in rows] for rows in self.effect]
+        data = {"metric": self.metric, "unit": self.unit, "layers": self.layers, "strengths": self.strengths,
+                "effect": effect, "record": dict(self.record)}  # fmt: skip
+        text = json.dumps(data, indent=1)
+        if path is not None:
+            write_whole(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+        return text
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> Sweep:
+        """Read what `to_json` wrote.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is no sweep.
+        """
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            effect = np.array(data["effect"], dtype=np.float64)
+            made = cls(effect, data["layers"], data["strengths"], data["unit"], data["metric"], data["record"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} holds no sweep ({error}).") from error
+        if effect.ndim != 3 or effect.shape[:2] != (len(made.layers), len(made.strengths)):
+            raise ValueError(f"{path} holds no sweep: its effect has shape {effect.shape}.")
+        return made
+
+    def plot(self, path: str | Path | None = None) -> Any:
+        """A heat map of the mean effect, and the dose–response of each layer; a matplotlib figure.
+
+        Args:
+            path: also write it there, as PNG, PDF or SVG by suffix.
+        """
+        from mlxsteer.plots import plot_sweep
+
+        return plot_sweep(self, path)
+
+
+_TITLES = {"logprob_difference": "log P(positive) − log P(negative) in nats"}
+_UNITS = {"raw": "vectors", "residual": "residual norms"}
+
 
 def _colour(value: float, low: float, high: float) -> str:
     """Blue for low, orange for high, plain between: told apart by every kind of sight."""
@@ -89,129 +156,335 @@ def _colour(value: float, low: float, high: float) -> str:
     return "dark_orange" if share > 0.75 else "default"
 
 
-def _rows(model: InterpretableModel, pairs: Sequence[ContrastPair]) -> tuple[list[list[int]], list[int]]:
-    """Token ids of prompt + side, positives first, and how many of them are prompt.
+# -- what is asked -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Question:
+    """Texts, the positions whose logits count, and how a score per position becomes one number per prompt."""
+
+    texts: list[Text]
+    needed: list[range]
+    pairs: bool
+    metric: str
+    score: Callable[[mx.array, np.ndarray[Any, Any]], mx.array]
+
+    def effect(self, scores: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """(copies, positions) → (copies, prompts)."""
+        ends = np.cumsum([len(positions) for positions in self.needed])[:-1]
+        sums = np.stack([part.sum(axis=1) for part in np.split(scores, ends, axis=1)], axis=1)
+        if not self.pairs:
+            return sums
+        half = len(self.texts) // 2
+        effect: np.ndarray[Any, Any] = sums[:, :half] - sums[:, half:]
+        return effect
+
+
+def _of_pairs(model: InterpretableModel, pairs: Sequence[ContrastPair], normalize: str | None) -> _Question:
+    """Log-probability of each completion, positives first.
 
     Raises:
         ValueError: a pair's sides are prompts themselves, so that there is no completion to score.
     """
-    encoded = [encode_side(model, pair, side) for side in ("positive", "negative") for pair in pairs]
-    if any(len(tokens) == prompt for tokens, prompt in encoded):
+    texts = [Text(*encode_side(model, pair, side)) for side in ("positive", "negative") for pair in pairs]
+    if any(len(text.tokens) == text.prompt for text in texts):
         raise ValueError("these pairs are two prompts each: a sweep measures completions, and there are none to score.")
-    return [tokens for tokens, _ in encoded], [prompt for _, prompt in encoded]
+    needed = [range(text.prompt - 1, len(text.tokens) - 1) for text in texts]
+    targets = np.array([text.tokens[p + 1] for text, positions in zip(texts, needed, strict=True) for p in positions])
+    each = [1 / len(positions) if normalize else 1.0 for positions in needed for _ in positions]
+    weights = np.array(each, np.float32)
+
+    def score(logits: mx.array, positions: np.ndarray[Any, Any]) -> mx.array:
+        chosen = mx.take_along_axis(logits, mx.array(targets[positions])[:, None], axis=-1)[:, 0]
+        return (chosen - mx.logsumexp(logits, axis=-1)) * mx.array(weights[positions])
+
+    return _Question(texts, needed, True, "logprob_difference" + (" per token" if normalize else ""), score)
 
 
-def _effect(logits: mx.array, rows: Sequence[Sequence[int]], prompts: Sequence[int], copies: int) -> mx.array:
-    """Log-probability difference of the two sides, (copies, pairs), from logits (copies · rows, tokens, V)."""
-    width = logits.shape[1]
-    targets = mx.array([[*row[1:], *[0] * (width - len(row) + 1)][:width] for row in rows])
-    counted = mx.array(
-        [[prompt - 1 <= t < len(row) - 1 for t in range(width)] for row, prompt in zip(rows, prompts, strict=True)]
-    )
-    logits = logits.astype(mx.float32)
-    targets, counted = mx.tile(targets, (copies, 1)), mx.tile(counted, (copies, 1))
-    chosen = mx.take_along_axis(logits, targets[..., None], axis=-1)[..., 0] - mx.logsumexp(logits, axis=-1)
-    sums = mx.sum(mx.where(counted, chosen, 0.0), axis=1).reshape(copies, 2, -1)
-    return sums[:, 0] - sums[:, 1]
+def _of_prompts(model: InterpretableModel, texts: list[Text], metric: Metric) -> _Question:
+    """A score of the logits behind each prompt's last token.
+
+    Raises:
+        TypeError: the metric is none for prompts.
+        ValueError: a text of it is not one token.
+    """
+    needed = [range(text.prompt - 1, text.prompt) for text in texts]
+    if callable(metric):
+        compute: Callable[[mx.array], mx.array] = metric
+
+        def score(logits: mx.array, _: np.ndarray[Any, Any]) -> mx.array:
+            found = compute(logits)
+            if not isinstance(found, mx.array) or found.shape != logits.shape[:1]:
+                given = getattr(found, "shape", found)
+                raise ValueError(f"the metric gives one number per prompt, {logits.shape[:1]}, not {given!r}.")
+            return found
+
+        return _Question(texts, needed, False, getattr(metric, "__name__", "metric"), score)
+    if isinstance(metric, str) or not isinstance(metric, Sequence) or not metric:
+        raise TypeError(
+            "for prompts the metric is a list of texts of one token each, such as [' yes', ' Yes'], or a callable on "
+            f"logits, not {metric!r}; 'logprob_difference' needs contrast pairs."
+        )
+    ids = sorted({_one_token(model, text) for text in metric})
+    columns = mx.array(ids)
+
+    def probability(logits: mx.array, _: np.ndarray[Any, Any]) -> mx.array:
+        return mx.sum(mx.softmax(logits, axis=-1)[:, columns], axis=-1)
+
+    return _Question(texts, needed, False, f"P({' or '.join(map(repr, metric))})", probability)
+
+
+def _one_token(model: InterpretableModel, text: str) -> int:
+    tokenizer = model._needed_tokenizer("a metric made of texts")
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    if len(ids) != 1:
+        parts = ", ".join(repr(model.token_to_str(i)) for i in ids)
+        raise ValueError(f"metric: {text!r} is {len(ids)} tokens here ({parts}), not one.")
+    return int(ids[0])
+
+
+def _question(model: InterpretableModel, asked: Any, metric: Metric, normalize: str | None, chat: bool) -> _Question:
+    if normalize not in (None, "token"):
+        raise ValueError(f"normalize is 'token' or None, not {normalize!r}.")
+    if isinstance(asked, (str, Mapping)):
+        raise TypeError("a sweep takes contrast pairs or a list of prompts; one prompt is [prompt].")
+    given = list(asked)
+    if not given or isinstance(given[0], ContrastPair):
+        pairs = [as_chat(pair) if chat else pair for pair in checked(given)]
+        if metric == "logprob_difference":
+            return _of_pairs(model, pairs, normalize)
+        texts = [Text(tokens[:prompt], prompt) for tokens, prompt in (encode_side(model, p, "positive") for p in pairs)]
+        return _of_prompts(model, texts, metric)
+    return _of_prompts(model, [encode_text(model, text, chat=chat) for text in given], metric)
+
+
+# -- what is tried -------------------------------------------------------------------------------------------------
+
+
+def _directions(
+    model: InterpretableModel, vector: SteeringVector | Mapping[int, Any], layers: Any, unit: str
+) -> tuple[SteeringVector, list[int]]:
+    """The vector and the layers to sweep.
+
+    Raises:
+        TypeError, ValueError: no vector, no such layer, no norms for the unit.
+        KeyError: the vector lacks a layer.
+    """
+    if unit not in _UNITS:
+        raise ValueError(f"unit is 'raw' or 'residual', not {unit!r}.")
+    if not isinstance(vector, SteeringVector):
+        if not isinstance(vector, Mapping):
+            raise TypeError(f"sweep takes a SteeringVector or a dict from layers to directions, not {vector!r}.")
+        vector = SteeringVector(vector)
+    if vector.positions is not None:
+        raise ValueError("this vector has a direction per position; a sweep takes one direction per layer.")
+    vector.check(model)
+    if isinstance(layers, str) and layers != "all":
+        raise ValueError(f"layers are 'all', a layer, or a list of layers, not {layers!r}.")
+    wanted = list(vector) if isinstance(layers, str) else [int(layer) for layer in np.atleast_1d(np.asarray(layers))]
+    for layer in wanted:
+        vector.at(layer, unit=unit)  # type: ignore[arg-type]  # refuse what is missing before anything runs
+    return vector, wanted
+
+
+def _maker(
+    intervention: Maker, vector: SteeringVector, at: At, unit: str
+) -> Callable[[int, list[float]], Intervention]:
+    """(layer, a strength per row) → the intervention there."""
+
+    def make(layer: int, rows: list[float]) -> Intervention:
+        if intervention == "add_vector":
+            return vector.at(layer, rows, at, unit=unit)[vector.site.format(layer=layer)]  # type: ignore[arg-type]
+        if callable(intervention):
+            return intervention(vector[layer], rows)
+        parameter = _DIRECTION.get(intervention, "direction")
+        return create(intervention, **{parameter: vector[layer]}, strength=rows, at=at)
+
+    return make
+
+
+_DIRECTION = {"ablate": "directions", "replace_with": "value", "mean_replace": "mean"}
 
 
 def sweep(
     model: InterpretableModel,
-    vector: SteeringVector,
-    pairs: Iterable[ContrastPair],
+    vector: SteeringVector | Mapping[int, Any],
+    pairs: Iterable[Any],
     *,
     layers: str | int | Sequence[int] = "all",
-    strengths: float | Sequence[float] = (-2.0, -1.0, 0.0, 1.0, 2.0),
+    strengths: float | Sequence[float] = (-1.0, -0.5, 0.0, 0.5, 1.0),
     at: At = -1,
-    progress: Callable[[int, int], None] | None = None,
+    unit: Literal["raw", "residual"] = "residual",
+    intervention: Maker = "add_vector",
+    metric: Metric = "logprob_difference",
+    normalize: Literal["token"] | None = None,
+    chat: bool = False,
+    batch_tokens: int = 4096,
+    checkpoint: str | Path | None = None,
+    progress: bool | Step | None = True,
 ) -> Sweep:
-    """Add a vector at each layer with each strength, and measure what it does to the pairs' completions.
+    """Steer at each layer with each strength, and measure what it does.
 
     One clean pass; then every layer goes on from the clean outputs of the blocks before it, which aren't run again,
-    with the strengths as rows of the batch. Strength 0 is the clean pass. Where a family's blocks can't be replayed,
-    every layer is a pass of its own.
+    with the strengths as rows of the batch. Strength 0 is the clean pass. Where only tokens from some position on are
+    steered (``at=-1``, the default), those before it run once. The head runs where a token counts. Families whose
+    blocks can't be replayed take a pass of their own for every layer. The logits are those of the plain way.
 
     Args:
         model: the model.
-        vector: one direction per layer.
-        pairs: contrast pairs, all in one batch per layer.
+        vector: one direction per layer, or a dict from layers to directions.
+        pairs: contrast pairs; or prompts (texts, token ids, chats), with a metric for prompts.
         layers: which layers, or ``"all"`` that the vector has.
-        strengths: multiples of the vector.
-        at: which tokens; the pair's prompt is the prompt, its completion counts as generated.
-        progress: called with the number of layers done and the number of layers.
+        strengths: in the unit.
+        at: which tokens; a pair's prompt is the prompt, its completion counts as generated.
+        unit: ``"residual"``: a strength of 1 adds the direction with the layer's median norm, so that strengths mean
+            the same at every layer; ``"raw"``: it adds the vector as it is. For ``"add_vector"`` only.
+        intervention: what is done with the direction; or a callable.
+        metric: what is measured.
+        normalize: ``"token"`` divides a completion's log-probability by its number of tokens.
+        chat: prompts are a user's messages.
+        batch_tokens: the most tokens in one batch, padding and strengths included; memory is bounded by it.
+        checkpoint: a JSON file that keeps what is done, and from which the same sweep goes on.
+        progress: True for a bar on a terminal, or a function that is called with the number of steps done and in all.
 
     Returns:
         A `Sweep`.
 
     Raises:
-        ValueError: there are no pairs or no strengths, or the vector lacks a layer.
+        TypeError: no pairs, prompts, vector or metric.
+        ValueError: there are no pairs or no strengths; the vector doesn't fit; the checkpoint is of another sweep.
+        KeyError: the vector lacks a layer.
     """
-    chosen = checked(pairs)
-    strengths = [number(s, "a strength") for s in np.atleast_1d(np.asarray(strengths))]
-    if not strengths:
+    strong = [number(s, "a strength") for s in np.atleast_1d(np.asarray(strengths))]
+    if not strong:
         raise ValueError("a sweep needs at least one strength.")
-    if isinstance(layers, str) and layers != "all":
-        raise ValueError(f"layers are 'all', a layer, or a list of layers, not {layers!r}.")
-    wanted = list(vector) if isinstance(layers, str) else [int(layer) for layer in np.atleast_1d(np.asarray(layers))]
-    for layer in wanted:
-        vector.at(layer)  # refuse a missing layer before anything runs
-    rows, prompts = _rows(model, chosen)
-    scan = _Scan(model, rows, prompts)
-    moving = [s for s in strengths if s]
-    effect = np.zeros((len(wanted), len(strengths), len(chosen)))
-    for i, layer in enumerate(wanted):
-        moved = iter(scan.edited(vector, layer, moving, at) if moving else [])
-        for j, strength in enumerate(strengths):
-            effect[i, j] = next(moved) if strength else scan.clean
-        if progress is not None:
-            progress(i + 1, len(wanted))
-    return Sweep(effect, wanted, strengths)
+    if intervention != "add_vector":
+        unit = "raw"
+    if isinstance(batch_tokens, bool) or not isinstance(batch_tokens, int) or batch_tokens < 1:
+        raise ValueError(f"batch_tokens is a number of tokens from 1 on, not {batch_tokens!r}.")
+    chosen, wanted = _directions(model, vector, layers, unit)
+    question = _question(model, pairs, metric, normalize, chat)
+    position = Position.of(at)
+    make = _maker(intervention, chosen, at, unit)
+    prompts = len(question.texts) // (1 + question.pairs)
+    made = Sweep(np.full((len(wanted), len(strong), prompts), np.nan), wanted, strong, unit, question.metric,
+                 _record(model, chosen, question, at, intervention))  # fmt: skip
+    if checkpoint is not None and Path(checkpoint).exists():
+        _resume(made, checkpoint)
+    moving = [i for i, s in enumerate(strong) if s]
+    groups = list(_groups(question, len(moving), batch_tokens, alone=not model._sites.family.batch))
+    with reporting(progress, "sweeping") as step:
+        for done, group in enumerate(groups):
+            if not np.isnan(made.effect[:, :, group]).any():
+                step((done + 1) * len(wanted), len(groups) * len(wanted))
+                continue
+            _sweep_group(
+                model, made, question, group, position, make, moving, batch_tokens,
+                functools.partial(_tick, step, done, len(wanted), len(groups)),
+            )  # fmt: skip
+            if checkpoint is not None:
+                made.to_json(checkpoint)
+    return made
 
 
-class _Scan:
-    """The clean pass over all rows, and continuations from it."""
-
-    def __init__(self, model: InterpretableModel, rows: list[list[int]], prompts: list[int]) -> None:
-        self.model, self.rows, self.prompts = model, rows, prompts
-        with model.trace(rows, prompt_tokens=prompts) as trace:
-            self.blocks = [model._sites.resolve(f"layers.{i}") for i in range(len(model.layers))]
-            self.whole = {block: trace.whole(block) for block in self.blocks}
-            clean = _effect(trace.output.save(), rows, prompts, 1)
-        mx.eval(clean, self.whole)
-        self.clean = np.array(clean)[0]
-        self.inputs = trace.tokens
-
-    def edited(self, vector: SteeringVector, layer: int, strengths: Sequence[float], at: At) -> np.ndarray:
-        """The effect at one layer, (strengths, pairs)."""
-        copies, sites = len(strengths), self.model._sites
-        tiled = [strength for strength in strengths for _ in self.rows]
-        site = sites.resolve(vector.site.format(layer=layer))
-        intervention = AddVector(vector[layer], tiled, at=at)
-        lengths = [len(row) for row in self.rows] * copies
-        known = [
-            Prompt(count, row[:count], self.model.tokenizer.decode if self.model.tokenizer else None)
-            for row, count in zip(self.rows, self.prompts, strict=True)
-        ] * copies
-        tokens = Tokens([0] * len(lengths), lengths, self.inputs.shape[1], known)
-        replay: dict[Site, Any] = {}
-        edits = [(site, intervention)]
-        if sites.family.replay:
-            replay = {block: _tiled(self.whole[block], copies) for block in self.blocks[:layer]}
-            block = self.blocks[layer]
-            if site == block:
-                whole = _tiled(self.whole[block], copies)
-                moved = intervention(activation(whole, site), Where(tokens, site.key, layer))
-                replay[block], edits = with_activation(whole, moved), []
-        plan = Plan(sites, edits=edits, replay=replay, tokens=tokens)
-        with attached(plan):
-            logits = self.model.model(mx.tile(self.inputs, (copies, 1)))
-        return np.array(_effect(logits, self.rows, self.prompts, copies))
+def _tick(step: Step, groups_done: int, layers: int, groups: int, layer: int) -> None:
+    step(groups_done * layers + layer, groups * layers)
 
 
-def _tiled(output: Any, copies: int) -> Any:
-    """What a block gave, with every batch-first array of it repeated along the batch."""
-    if isinstance(output, mx.array):
-        return mx.tile(output, (copies, *(1,) * (output.ndim - 1))) if output.ndim else output
-    if isinstance(output, (tuple, list)):
-        return type(output)(_tiled(part, copies) for part in output)
-    return {k: _tiled(v, copies) for k, v in output.items()} if isinstance(output, Mapping) else alias(output)
+def _sweep_group(
+    model: InterpretableModel,
+    made: Sweep,
+    question: _Question,
+    group: list[int],
+    position: Position,
+    make: Callable[[int, list[float]], Intervention],
+    moving: list[int],
+    batch_tokens: int,
+    step: Callable[[int], None],
+) -> None:
+    """Fill in the effect on some prompts, at every layer and strength."""
+    half = len(question.texts) // 2
+    members = [*group, *(i + half for i in group)] if question.pairs else group
+    starts = np.cumsum([0, *map(len, question.needed)])
+    numbers = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in members])
+    part = _Question([question.texts[i] for i in members], [question.needed[i] for i in members], question.pairs,
+                     question.metric, question.score)  # fmt: skip
+
+    def score(logits: mx.array, positions: np.ndarray[Any, Any]) -> mx.array:
+        return question.score(logits, numbers[positions])
+
+    # A family whose rows differ in a batch runs a side at a time: no batch at all.
+    alone = not model._sites.family.batch
+    batches = [[i] for i in range(len(members))] if alone else [list(range(len(members)))]
+    passes = []
+    for rows in batches:
+        texts, needed = [part.texts[i] for i in rows], [part.needed[i] for i in rows]
+        passes.append(Continuation(model, texts, needed, position, pairs=part.pairs and not alone))
+    clean = part.effect(np.concatenate([one.clean(score) for one in passes])[None])[0]
+    width = max(one.width for one in passes)
+    copies = 1 if alone else max(1, batch_tokens // (len(members) * width))
+    for i, layer in enumerate(made.layers):
+        site = model._sites.resolve(made.record["site"].format(layer=layer))
+        for j, strength in enumerate(made.strengths):
+            if not strength:
+                made.effect[i, j, group] = clean
+        for begin in range(0, len(moving), copies):
+            some = moving[begin : begin + copies]
+            found = []
+            for one, rows in zip(passes, batches, strict=True):
+                each = [made.strengths[j] for j in some for _ in rows]
+                found.append(one.edited(site, make(layer, each), len(some), score))
+            made.effect[np.ix_([i], some, group)] = part.effect(np.concatenate(found, axis=1))[None]
+        step(i + 1)
+
+
+def _groups(question: _Question, strengths: int, budget: int, *, alone: bool) -> Iterator[list[int]]:
+    """Prompts of similar length, so that a clean batch with all its strengths stays within the budget where it can."""
+    half = len(question.texts) // 2
+    count = half if question.pairs else len(question.texts)
+    sides = 2 if question.pairs else 1
+
+    def length(i: int) -> int:
+        return max(len(question.texts[i].tokens), len(question.texts[i + half].tokens) if question.pairs else 0)
+
+    group: list[int] = []
+    for i in sorted(range(count), key=lambda i: (question.texts[i].prompt, length(i))):
+        longest = max(length(k) for k in [*group, i])
+        if group and (alone or max(strengths, 1) * sides * (len(group) + 1) * longest > budget):
+            yield group
+            group = []
+        group.append(i)
+    if group:
+        yield group
+
+
+def _record(
+    model: InterpretableModel, vector: SteeringVector, question: _Question, at: At, intervention: Maker
+) -> dict[str, Any]:
+    digest = hashlib.sha256(repr([(text.tokens, text.prompt) for text in question.texts]).encode())
+    directions = hashlib.sha256(b"".join(np.array(vector[layer]).tobytes() for layer in vector))
+    return {
+        **model.identity,
+        "site": vector.site,
+        "vector": directions.hexdigest()[:16],
+        "method": vector.info.get("method"),
+        "intervention": intervention
+        if isinstance(intervention, str)
+        else getattr(intervention, "__name__", "callable"),
+        "at": repr(at),
+        "data": digest.hexdigest()[:16],
+    }
+
+
+def _resume(made: Sweep, checkpoint: str | Path) -> None:
+    """Take over what a checkpoint has.
+
+    Raises:
+        ValueError: it is of another sweep.
+    """
+    before = Sweep.from_json(checkpoint)
+    same = (before.layers, before.strengths, before.unit, before.metric, dict(before.record)) == (
+        made.layers, made.strengths, made.unit, made.metric, dict(made.record))  # fmt: skip
+    if not same or before.effect.shape != made.effect.shape:
+        raise ValueError(f"{checkpoint} keeps another sweep: give another file, or remove it.")
+    made.effect[...] = before.effect

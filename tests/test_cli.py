@@ -92,7 +92,7 @@ def test_a_sweep_is_the_plain_loop(pocket: InterpretableModel) -> None:
     held_out = [p for p in pairs if p.split == "choose"][:2]
     strengths = [-1.5, 0.0, 2.0]
     for at in (-1, "last", "all"):
-        grid = sweep(pocket, vector, held_out, layers=[0, 4, 7], strengths=strengths, at=at)
+        grid = sweep(pocket, vector, held_out, layers=[0, 4, 7], strengths=strengths, at=at, unit="raw")
         for i, layer in enumerate([0, 4, 7]):
             for j, strength in enumerate(strengths):
                 for k, pair in enumerate(held_out):

@@ -66,12 +66,12 @@ def demo(
     with _bar(
         progress, f"{len(loaded.layers)} layers × {len(STRENGTHS)} strengths on {len(choose)} held-out pairs"
     ) as (step):
-        scan = sweep(loaded, vector, choose, strengths=STRENGTHS, at=POSITION, progress=step)
+        scan = sweep(loaded, vector, choose, strengths=STRENGTHS, at=POSITION, unit="raw", progress=step)
     layer, strength = scan.best()
     screen.print(scan)
     with _bar(progress, f"layer {layer} at ±{strength:g} on {len(report)} pairs never looked at") as step:
-        final = sweep(loaded, vector, report, layers=[layer], strengths=(-strength, 0.0, strength), at=POSITION,
-                      progress=step)  # fmt: skip
+        both = (-strength, 0.0, strength)
+        final = sweep(loaded, vector, report, layers=[layer], strengths=both, at=POSITION, unit="raw", progress=step)
     shown = _completions(loaded, vector, layer, strength, report, max_tokens, progress)
     vector.save(target)
     if as_json:

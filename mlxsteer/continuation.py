@@ -1,0 +1,175 @@
+"""Continuations of a clean pass: what lies before an edit runs once, whatever is tried behind it.
+
+One clean pass keeps every block's output. An edit at layer l then goes on from those outputs: the blocks up to l are
+replayed, and every variant of the edit is a set of rows of one batch. Where only tokens from some position on are
+edited, the tokens before it run once too, and their keys and values are copied. The head runs on the positions that
+somebody looks at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any, TypeAlias
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.models.cache import make_prompt_cache
+
+from mlxsteer.forks import forkable, forked
+from mlxsteer.hooks import activation, alias, attached, residents, surrounding, with_activation
+from mlxsteer.interventions.base import Intervention, Where
+from mlxsteer.lens import through_head
+from mlxsteer.model import InterpretableModel
+from mlxsteer.plans import Plan, Stopped
+from mlxsteer.positions import Position, Prompt, Tokens
+from mlxsteer.reading import Text
+from mlxsteer.sites import Site
+
+Score: TypeAlias = "Callable[[mx.array, np.ndarray[Any, Any]], mx.array]"
+"""(logits (n, vocabulary) float32, numbers of the needed positions (n,)) → scores (n,)."""
+
+HEAD_BYTES = 256_000_000
+"""Logits are computed for so many positions at a time that they take at most this much."""
+
+
+class Continuation:
+    """A clean pass over some texts, and passes that go on from it with an edit.
+
+    Args:
+        model: the model.
+        texts: the texts; the last token of one that has a completion isn't run, since nobody looks behind it.
+        needed: for each text the positions whose logits are looked at.
+        position: which tokens will be edited, which decides what may run once.
+        pairs: the second half of the texts are the partners of the first half, with the same prompts.
+    """
+
+    def __init__(
+        self,
+        model: InterpretableModel,
+        texts: Sequence[Text],
+        needed: Sequence[range],
+        position: Position,
+        *,
+        pairs: bool = False,
+    ) -> None:
+        self.model, self.sites = model, model._sites
+        self.rows = [text.tokens[: positions.stop] for text, positions in zip(texts, needed, strict=True)]
+        decode = model.tokenizer.decode if model.tokenizer is not None else None
+        self.prompts = [Prompt(text.prompt, text.tokens[: text.prompt], decode) for text in texts]
+        self.blocks = [self.sites.resolve(f"layers.{i}") for i in range(len(model.layers))]
+        # Steerings around this must see every block and every token, and edited models are steered throughout.
+        self.plain = bool(surrounding(model.model) or residents(model.model))
+        self.replays = self.sites.family.replay
+        self.start = self._first_edited(position, needed) if pairs and self.replays and not self.plain else 0
+        self.cache: list[Any] | None = None
+        if self.start:
+            half = len(self.rows) // 2
+            cache: Any = make_prompt_cache(model.model)
+            if forkable(cache):
+                plan = Plan(self.sites, tokens=self._tokens(1, half, 0, self.start), stop=self.blocks[-1])
+                self._run(plan, 1, cache, half, 0, self.start)
+                self.cache = forked(cache, half, 2)
+            else:
+                self.start = 0
+        self.width = max(map(len, self.rows)) - self.start
+        at = [(row, p - self.start) for row, positions in enumerate(needed) for p in positions]
+        self.index = np.array([row * self.width + token for row, token in at], dtype=np.int32)
+        self.whole: dict[Site, Any] = {}
+        plan = self._plan({}, [], 1, self.blocks if self.replays else ())
+        self._final = self._forward(plan, 1)
+        if self.replays:
+            self.whole = {site: plan.captured[site] for site in self.blocks}
+            mx.eval(list(self.whole.values()))
+        plan.captured = {}
+
+    def clean(self, score: Score) -> np.ndarray[Any, Any]:
+        """Scores of the clean pass, (needed positions,)."""
+        return self._scores(self._final, 1, score)[0]
+
+    def edited(self, site: Site, intervention: Intervention, copies: int, score: Score) -> np.ndarray[Any, Any]:
+        """Scores of `copies` variants of the texts under an edit, (copies, needed positions).
+
+        Args:
+            site: where, inside a block or behind it.
+            intervention: for a batch of `copies` times the texts, one whole copy after the other.
+            copies: how many.
+            score: logits → scores.
+        """
+        assert site.layer is not None
+        tokens, edits, replay = self._tokens(copies), [(site, intervention)], {}
+        if self.replays:
+            replay = {block: tiled(self.whole[block], copies) for block in self.blocks[: site.layer]}
+            block = self.blocks[site.layer]
+            if site == block:
+                whole = tiled(self.whole[block], copies)
+                moved = intervention(activation(whole, site), Where(tokens, site.key, site.layer))
+                replay[block], edits = with_activation(whole, moved), []
+        return self._scores(self._forward(self._plan(replay, edits, copies, ()), copies), copies, score)
+
+    # -- forwards --------------------------------------------------------------------------------------------------
+
+    def _first_edited(self, position: Position, needed: Sequence[range]) -> int:
+        """The first token, over all texts, that an edit touches or whose logits are looked at."""
+        firsts = [positions.start for positions in needed]
+        for row, prompt in zip(self.rows, self.prompts, strict=True):
+            touched = np.flatnonzero(Tokens([0], [len(row)], len(row), [prompt]).marks(0, position))
+            firsts += [int(touched[0])] if len(touched) else []
+        return min(firsts)
+
+    def _tokens(
+        self, copies: int, rows: int | None = None, start: int | None = None, width: int | None = None
+    ) -> Tokens:
+        """The tokens of a forward over the texts, `copies` times."""
+        start = self.start if start is None else start
+        width = self.width if width is None else width
+        lengths = [min(len(row) - start, width) for row in self.rows[:rows]] * copies
+        return Tokens([start] * len(lengths), lengths, width, self.prompts[:rows] * copies)
+
+    def _plan(self, replay: Mapping[Site, Any], edits: Sequence[Any], copies: int, capture: Sequence[Site]) -> Plan:
+        if self.plain:
+            return Plan(self.sites, capture, edits, replay, self._tokens(copies))
+        wanted = list(dict.fromkeys([*capture, self.blocks[-1]]))
+        return Plan(self.sites, wanted, edits, replay, self._tokens(copies), stop=self.blocks[-1])
+
+    def _run(self, plan: Plan, copies: int, cache: Any, rows: int | None, start: int, width: int) -> mx.array | None:
+        pieces = [row[start : start + width] for row in self.rows[:rows]]
+        ids = mx.array([[*piece, *[0] * (width - len(piece))] for piece in pieces])
+        output = None
+        with attached(plan), suppress(Stopped):
+            output = self.model.model(mx.tile(ids, (copies, 1)), cache=cache)
+        plan.check_fired()
+        return output
+
+    def _forward(self, plan: Plan, copies: int) -> mx.array:
+        """Staged: what scores are read from, the last block's output or the logits, (rows, tokens, ·)."""
+        cache = forked(self.cache, len(self.rows), copies) if self.cache is not None else None
+        output = self._run(plan, copies, cache, None, self.start, self.width)
+        if output is not None:
+            return output
+        last = self.blocks[-1]
+        return activation(plan.captured[last], last)
+
+    def _scores(self, final: mx.array, copies: int, score: Score) -> np.ndarray[Any, Any]:
+        rows = final.reshape(-1, final.shape[-1])
+        offsets = np.arange(copies)[:, None] * len(self.rows) * self.width
+        chosen = (offsets + self.index).reshape(-1)
+        embedding = self.sites.modules.get("embed")
+        vocabulary = embedding.weight.shape[0] if embedding is not None and "weight" in embedding else 100_000
+        step = max(1, HEAD_BYTES // (4 * vocabulary))
+        found = []
+        for begin in range(0, len(chosen), step):
+            piece = rows[mx.array(chosen[begin : begin + step])]
+            logits = piece if self.plain else through_head(self.model, piece)
+            numbers = np.arange(begin, min(begin + step, len(chosen))) % len(self.index)
+            found.append(np.array(score(logits.astype(mx.float32), numbers).astype(mx.float32), np.float64))
+        return np.concatenate(found).reshape(copies, -1)
+
+
+def tiled(output: Any, copies: int) -> Any:
+    """What a block gave, with every batch-first array of it repeated along the batch."""
+    if isinstance(output, mx.array):
+        return mx.tile(output, (copies, *(1,) * (output.ndim - 1))) if output.ndim else output
+    if isinstance(output, (tuple, list)):
+        return type(output)(tiled(part, copies) for part in output)
+    return {k: tiled(v, copies) for k, v in output.items()} if isinstance(output, Mapping) else alias(output)
