@@ -61,15 +61,18 @@ class Continuation:
         # Steerings around this must see every block and every token, and edited models are steered throughout.
         self.plain = bool(surrounding(model.model) or residents(model.model))
         self.replays = self.sites.family.replay
-        self.start = self._first_edited(position, needed) if pairs and self.replays and not self.plain else 0
+        self.start = 0
+        if self.replays and not self.plain and model._sites.family.batch:
+            self.start = min(first_edited(model, *one, position) for one in zip(texts, needed, strict=True))
         self.cache: list[Any] | None = None
         if self.start:
-            half = len(self.rows) // 2
+            sides = 2 if pairs else 1
+            half = len(self.rows) // sides
             cache: Any = make_prompt_cache(model.model)
             if forkable(cache):
                 plan = Plan(self.sites, tokens=self._tokens(1, half, 0, self.start), stop=self.blocks[-1])
                 self._run(plan, 1, cache, half, 0, self.start)
-                self.cache = forked(cache, half, 2)
+                self.cache = forked(cache, half, sides)
             else:
                 self.start = 0
         self.width = max(map(len, self.rows)) - self.start
@@ -108,14 +111,6 @@ class Continuation:
         return self._scores(self._forward(self._plan(replay, edits, copies, ()), copies), copies, score)
 
     # -- forwards --------------------------------------------------------------------------------------------------
-
-    def _first_edited(self, position: Position, needed: Sequence[range]) -> int:
-        """The first token, over all texts, that an edit touches or whose logits are looked at."""
-        firsts = [positions.start for positions in needed]
-        for row, prompt in zip(self.rows, self.prompts, strict=True):
-            touched = np.flatnonzero(Tokens([0], [len(row)], len(row), [prompt]).marks(0, position))
-            firsts += [int(touched[0])] if len(touched) else []
-        return min(firsts)
 
     def _tokens(
         self, copies: int, rows: int | None = None, start: int | None = None, width: int | None = None
@@ -164,6 +159,14 @@ class Continuation:
             numbers = np.arange(begin, min(begin + step, len(chosen))) % len(self.index)
             found.append(np.array(score(logits.astype(mx.float32), numbers).astype(mx.float32), np.float64))
         return np.concatenate(found).reshape(copies, -1)
+
+
+def first_edited(model: InterpretableModel, text: Text, needed: range, position: Position) -> int:
+    """The first token of a text that an edit touches, or whose logits are looked at: those before it stay clean."""
+    decode = model.tokenizer.decode if model.tokenizer is not None else None
+    prompt = Prompt(text.prompt, text.tokens[: text.prompt], decode)
+    touched = np.flatnonzero(Tokens([0], [needed.stop], needed.stop, [prompt]).marks(0, position))
+    return min(needed.start, int(touched[0])) if len(touched) else needed.start
 
 
 def tiled(output: Any, copies: int) -> Any:

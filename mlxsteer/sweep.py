@@ -15,7 +15,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from mlxsteer.continuation import Continuation
+from mlxsteer.continuation import Continuation, first_edited
 from mlxsteer.interventions import create
 from mlxsteer.interventions.base import Intervention, number
 from mlxsteer.interventions.files import write_whole
@@ -372,7 +372,8 @@ def sweep(
     if checkpoint is not None and Path(checkpoint).exists():
         _resume(made, checkpoint)
     moving = [i for i, s in enumerate(strong) if s]
-    groups = list(_groups(question, len(moving), batch_tokens, alone=not model._sites.family.batch))
+    firsts = [first_edited(model, *one, position) for one in zip(question.texts, question.needed, strict=True)]
+    groups = list(_groups(question, firsts, len(moving), batch_tokens, alone=not model._sites.family.batch))
     with reporting(progress, "sweeping") as step:
         for done, group in enumerate(groups):
             if not np.isnan(made.effect[:, :, group]).any():
@@ -438,19 +439,25 @@ def _sweep_group(
         step(i + 1)
 
 
-def _groups(question: _Question, strengths: int, budget: int, *, alone: bool) -> Iterator[list[int]]:
-    """Prompts of similar length, so that a clean batch with all its strengths stays within the budget where it can."""
+def _groups(
+    question: _Question, firsts: Sequence[int], strengths: int, budget: int, *, alone: bool
+) -> Iterator[list[int]]:
+    """Prompts that are run together: a clean batch with all its strengths within the budget where it can be.
+
+    A batch runs clean up to the first edited token of any of its prompts. One whose own lies much further on would run
+    what it could share with every strength, so it starts a batch of its own.
+    """
     half = len(question.texts) // 2
-    count = half if question.pairs else len(question.texts)
-    sides = 2 if question.pairs else 1
-
-    def length(i: int) -> int:
-        return max(len(question.texts[i].tokens), len(question.texts[i + half].tokens) if question.pairs else 0)
-
+    count, sides = (half, 2) if question.pairs else (len(question.texts), 1)
+    members = [(i, i + half) if question.pairs else (i,) for i in range(count)]
+    ends = [max(question.needed[k].stop for k in member) for member in members]
+    first = [min(firsts[k] for k in member) for member in members]
     group: list[int] = []
-    for i in sorted(range(count), key=lambda i: (question.texts[i].prompt, length(i))):
-        longest = max(length(k) for k in [*group, i])
-        if group and (alone or max(strengths, 1) * sides * (len(group) + 1) * longest > budget):
+    for i in sorted(range(count), key=lambda i: (first[i], ends[i])):
+        end = max(ends[k] for k in [*group, i])
+        tokens = max(strengths, 1) * sides * (len(group) + 1) * (end - first[(group or [i])[0]])
+        apart = group and first[i] - first[group[0]] > max(1, (ends[i] - first[i]) // 2)
+        if group and (alone or apart or tokens > budget):
             yield group
             group = []
         group.append(i)

@@ -79,7 +79,7 @@ def test_tokens_before_the_first_edited_one_run_once() -> None:
     starts = {"all": 0, -1: 4, -2: 3, "generated": 4, "prompt": 0, 2: 2}
     for at, start in starts.items():
         assert Continuation(model, texts, needed, Position.of(at), pairs=True).start == start, at  # type: ignore[arg-type]
-    assert Continuation(model, texts, needed, Position.of(-1)).start == 0  # no partners to share with
+    assert Continuation(model, texts, needed, Position.of(-1)).start == 4  # without partners too
     with model.steer({"layers.1": iv.scale(1.5)}) as steering:
         around = Continuation(model, texts, needed, Position.of(-1), pairs=True)
         found = around.clean(lambda logits, _: logits[:, 7])

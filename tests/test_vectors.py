@@ -71,7 +71,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "inf": (lambda: SteeringVector({4: mx.array([1, float("inf")])}), "direction of layer 4 holds 1 NaN or infinite"),
     "empty": (lambda: SteeringVector({0: mx.zeros(0)}), "direction of layer 0 is a tensor"),
     "two widths": (lambda: SteeringVector({0: mx.ones(3), 1: mx.ones(4)}), r"shapes \[\(3,\), \(4,\)\]"),
-    "matrices": (lambda: SteeringVector({0: mx.ones((2, 3))}), r"all are \(D,\)"),
+    "three axes": (lambda: SteeringVector({0: mx.ones((2, 3, 4))}), r"all are \(D,\)"),
     "a site without a layer": (lambda: SteeringVector({0: mx.ones(3)}, "layers.5"), "key with {layer} in it"),
     "divided by zero": (lambda: random() / 0, "NaN or infinite"),
     "times nan": (lambda: random() * float("nan"), "NaN or infinite"),
@@ -215,7 +215,7 @@ def test_the_file_is_plain_safetensors_with_one_tensor_for_each_layer(tmp_path: 
 
 def test_other_suffixes_missing_folders_and_missing_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"saved as a \.safetensors"):
-        random().save(tmp_path / "v.npz")
+        random().save(tmp_path / "v.txt")
     with pytest.raises(FileNotFoundError, match="there is no folder"):
         random().save(tmp_path / "none" / "v.safetensors")
     with pytest.raises(FileNotFoundError, match="there is no file"):

@@ -1,15 +1,18 @@
-"""Contrast sets that come with the package, one JSONL file each, with a card in the `.md` file beside it.
+"""Contrast sets that come with the package, and readers of other files.
 
+Each set is one JSONL file, with a card in the `.md` file beside it.
 Those under ``pocket/`` are made of the bundled model's own language; the others are for real models.
 """
 
 from __future__ import annotations
 
 import difflib
-import json
 from pathlib import Path
 
-from mlxsteer.pairs import ContrastPair
+from mlxsteer.datasets.readers import read, read_texts, write
+from mlxsteer.pairs import PairSet
+
+__all__ = ["available", "card", "load", "read", "read_texts", "write"]
 
 _FOLDER = Path(__file__).parent
 
@@ -33,7 +36,7 @@ def card(name: str) -> str:
     return path.read_text(encoding="utf-8")
 
 
-def load(name: str, split: str | None = None) -> list[ContrastPair]:
+def load(name: str, split: str | None = None) -> PairSet:
     """A contrast set by name.
 
     Args:
@@ -46,9 +49,8 @@ def load(name: str, split: str | None = None) -> list[ContrastPair]:
     if name not in available():
         near = difflib.get_close_matches(name, available(), n=3) or available()
         raise ValueError(f"no contrast set called {name!r}. Nearest: {', '.join(near)}.")
-    rows = (_FOLDER / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
-    pairs = [ContrastPair(**json.loads(row)) for row in rows if row.strip()]
+    pairs = read(_FOLDER / f"{name}.jsonl", format="jsonl", name=name)
     chosen = [pair for pair in pairs if split in (None, pair.split)]
     if not chosen:
         raise ValueError(f"{name} has no split {split!r}; it has {sorted({p.split or 'none' for p in pairs})}.")
-    return chosen
+    return PairSet(chosen, name=name)
