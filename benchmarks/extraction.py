@@ -57,6 +57,15 @@ def apart_pairs(count: int) -> list[ContrastPair]:
     ]
 
 
+def even_pairs(model: InterpretableModel, count: int) -> list[ContrastPair]:
+    """Pairs of one length, so that however many they are, the same number fills a batch."""
+    made = shared_pairs(8 * count)
+    lengths = [tuple(len(model.encode(p.prompt + side)) for side in (p.positive, p.negative)) for p in made]
+    commonest = max(set(lengths), key=lengths.count)
+    chosen = [pair for pair, length in zip(made, lengths, strict=True) if length == commonest]
+    return (chosen * (1 + count // len(chosen)))[:count]
+
+
 def loop(model: InterpretableModel, pairs: list[ContrastPair], layers: range) -> mx.array:
     """One full forward with logits per text, and every block's output at the last token."""
     total = mx.array(0.0)
@@ -147,10 +156,11 @@ def agree(vector: Any, others: dict[str, mx.array]) -> None:
 
 def memory(model: InterpretableModel, counts: list[int]) -> list[dict[str, Any]]:
     """Peak memory above the weights with a budget that 25 pairs fill, and time per pair."""
-    budget = 25 * 2 * max(len(model.encode(p.prompt + p.negative)) for p in shared_pairs(50))
+    whole = even_pairs(model, max(counts))
+    budget = 25 * 2 * len(model.encode(whole[0].prompt + whole[0].negative))
     found = []
     for count in counts:
-        pairs = shared_pairs(count)
+        pairs = whole[:count]
         mx.clear_cache()
         before = mx.get_active_memory()
         mx.reset_peak_memory()

@@ -14,6 +14,9 @@ from mlxsteer.reading import Batch
 HALVES = 8
 """Random halvings of the pairs, for the split-half reliability."""
 
+NORMS = 100_000
+"""Tokens whose norms are kept, about: beyond twice as many, the median is that of every second, fourth, … token."""
+
 
 class Moments:
     """What is kept of the rows read, on the device: sums, sums over random halves, rows where they are asked for."""
@@ -33,6 +36,7 @@ class Moments:
         self.keep_rows = rows
         self.sums: list[mx.array] = []
         self.norms: list[np.ndarray[Any, Any]] = []
+        self.stride = 1
 
     def add(self, batch: Batch, taken: mx.array, norms: mx.array | None) -> None:
         """Take in the rows of a batch, (places, rows, D)."""
@@ -49,7 +53,10 @@ class Moments:
         self.sums = [a + b for a, b in zip(self.sums, parts, strict=True)] if self.sums else parts
         mx.eval(self.sums, taken, [] if norms is None else norms)
         if norms is not None:
-            self.norms.append(np.array(norms))
+            self.norms.append(np.array(norms)[:, :: self.stride])
+            if sum(part.shape[1] for part in self.norms) > 2 * NORMS:
+                self.norms = [np.ascontiguousarray(np.concatenate(self.norms, axis=1)[:, ::2])]
+                self.stride *= 2
         if self.keep_rows:
             if self.rows is None:
                 self.rows = np.zeros((len(self.contrast.texts), taken.shape[0], taken.shape[2]), np.float32)

@@ -147,6 +147,9 @@ class SteeringVector:
         Warns:
             VectorMismatchWarning: the vector was computed on another model, or under another quantization.
         """
+        self._check(model, stacklevel=3)
+
+    def _check(self, model: Any, stacklevel: int) -> None:
         count = len(model.layers)
         if self.layers[-1] >= count or self.info.get("layers", count) != count:
             own = self.info.get("layers", f"directions up to layer {self.layers[-1]}")
@@ -166,7 +169,7 @@ class SteeringVector:
             warnings.warn(
                 f"the vector was computed on {', '.join(said)}: what it does here is to be measured anew.",
                 VectorMismatchWarning,
-                stacklevel=2,
+                stacklevel=stacklevel,
             )
 
     # -- steering --------------------------------------------------------------------------------------------------
@@ -307,7 +310,9 @@ class SteeringVector:
         return formats.save(self, path)
 
     @classmethod
-    def load(cls, path: str | Path, *, revision: str | None = None, filename: str | None = None) -> SteeringVector:
+    def load(
+        cls, path: str | Path, *, model: Any = None, revision: str | None = None, filename: str | None = None
+    ) -> SteeringVector:
         """Read a vector from a file, a folder, or a repository of the Hugging Face Hub. Nothing is unpickled.
 
         Besides what `save` writes, it takes repeng's and llama.cpp's ``.gguf``, rotalabs-steer's ``.json`` with ``.pt``
@@ -315,17 +320,25 @@ class SteeringVector:
 
         Args:
             path: what exists here always comes first; else ``"user/repo"`` names a repository.
+            model: the model that it is for, to `check` that it belongs to it.
             revision: a repository's branch, tag or commit.
             filename: which file of a folder or repository; by default ``vector.safetensors``, or the only vector in it.
 
         Raises:
             FileNotFoundError: there is no such file, folder or repository.
             ConnectionError: the Hub can't be reached.
-            ValueError: the file is damaged, foreign, of a later version, or one of several.
+            ValueError: the file is damaged, foreign, of a later version, or one of several; or of another model than
+                the one given.
+
+        Warns:
+            VectorMismatchWarning: the vector was computed on another model, or under another quantization.
         """
         from mlxsteer import formats
 
-        return formats.load(path, revision=revision, filename=filename)
+        vector = formats.load(path, revision=revision, filename=filename)
+        if model is not None:
+            vector._check(model, stacklevel=3)
+        return vector
 
     def push_to_hub(
         self, repository: str, *, private: bool = False, commit_message: str = "Add a steering vector"

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -36,6 +37,7 @@ from mlxsteer import (
     to_mean_norm,
 )
 from mlxsteer import interventions as iv
+from mlxsteer import moments
 from mlxsteer import reading as room
 from mlxsteer.extraction import auroc
 from mlxsteer.pairs import in_split
@@ -133,9 +135,10 @@ def forbidden(*modules: nn.Module) -> Iterator[None]:
 
 KINDS: dict[str, tuple[mx.Dtype, int | None, float]] = {
     "float32": (mx.float32, None, 1e-5), "4-bit": (mx.float32, 4, 1e-5), "bfloat16": (mx.bfloat16, None, 2e-2),
+    "float16": (mx.float16, None, 4e-3),
 }  # fmt: skip
 SOME = ("llama", "gemma3_text", "gpt2", "gpt_neox", "mamba2", "gemma4_text")
-CASES = [(family, kind) for family in tiny.FAMILIES for kind in KINDS if kind != "bfloat16" or family in SOME]
+CASES = [(family, kind) for family in tiny.FAMILIES for kind in KINDS if not kind.endswith("float16") or family in SOME]
 
 
 @pytest.mark.parametrize(("family", "kind"), CASES, ids=[" ".join(case) for case in CASES])
@@ -743,7 +746,7 @@ def test_the_origin_of_a_vector(llama: InterpretableModel, vector: SteeringVecto
     assert extract(four, PAIRS, layers=1).info["quantization"] == "4-bit, group 32"
 
 
-def test_a_vector_knows_its_model(llama: InterpretableModel, vector: SteeringVector) -> None:
+def test_a_vector_knows_its_model(llama: InterpretableModel, vector: SteeringVector, tmp_path: Path) -> None:
     vector.check(llama)
     vector.check(InterpretableModel(tiny.build("llama", seed=7), tokenizer()))  # a warning would be an error
     SteeringVector({1: mx.ones(64)}).check(llama)
@@ -756,6 +759,14 @@ def test_a_vector_knows_its_model(llama: InterpretableModel, vector: SteeringVec
     with pytest.warns(VectorMismatchWarning, match="model 'mlx-community/another' and not 'llama'") as seen:
         other.check(llama)
     assert seen[0].filename == __file__
+    vector.save(tmp_path / "own.safetensors")
+    assert SteeringVector.load(tmp_path / "own.safetensors", model=llama).layers == vector.layers
+    with pytest.warns(VectorMismatchWarning, match="quantization None and not '4-bit, group 32'") as seen:
+        SteeringVector.load(tmp_path / "own.safetensors", model=four)
+    assert seen[0].filename == __file__
+    narrow = InterpretableModel(tiny.build("llama", hidden_size=32), tokenizer())
+    with pytest.raises(ValueError, match=r"of width 64, and layers\.0 of llama of width 32"):
+        SteeringVector.load(tmp_path / "own.safetensors", model=narrow)
     for changes, sentence in (
         ({"num_hidden_layers": 3}, "the vector has 4 layers and llama has 3"),
         ({"num_hidden_layers": 5}, "the vector has 4 layers and llama has 5"),
@@ -962,9 +973,38 @@ def test_separation_uses_the_pairs_it_is_given_at_the_vectors_place(llama: Inter
         separation(llama, vector, [])
 
 
-def test_separation_of_held_out_pairs_on_the_bundled_model(pocket: InterpretableModel) -> None:
-    pairs = datasets.load("pocket/sentiment")
-    vector = extract(pocket, in_split(pairs, "train")[:8], layers=[0, 5])
+@pytest.mark.parametrize("behaviour", ["sentiment", "formality", "certainty"])
+def test_held_out_pairs_of_every_behaviour_of_the_bundled_model_are_told_apart(
+    pocket: InterpretableModel, behaviour: str
+) -> None:
+    pairs = datasets.load(f"pocket/{behaviour}")
+    vector = extract(pocket, in_split(pairs, "train")[:8], layers=[0, 6])
     found = separation(pocket, vector, in_split(pairs, "report")[:8])
-    assert found[5] > 0.9
-    assert list(found) == [0, 5]
+    assert list(found) == [0, 6]
+    assert found[6] >= 0.95
+    if behaviour == "sentiment":
+        listed = pocket.lens.tokens(vector[6], k=20)
+        praise, blame = {" loved", " enjoyed", " praised", " admired"}, {" worst", " headache", " hated", " awful"}
+        assert len(praise & {token for token, _ in listed.boosted}) >= 2
+        assert len(blame & {token for token, _ in listed.suppressed}) >= 1
+        assert not praise & {token for token, _ in listed.suppressed}
+        assert not blame & {token for token, _ in listed.boosted}
+
+
+def test_a_median_norm_of_many_tokens_is_that_of_every_second(
+    llama: InterpretableModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = extract(llama, [*PAIRS, *SHARING], batch_tokens=30)
+    monkeypatch.setattr(moments, "NORMS", 20)
+    kept: list[int] = []
+    add = moments.Moments.add
+
+    def counted(self: moments.Moments, *args: Any) -> None:
+        add(self, *args)
+        kept.append(sum(part.shape[1] for part in self.norms))
+
+    monkeypatch.setattr(moments.Moments, "add", counted)
+    part = extract(llama, [*PAIRS, *SHARING], batch_tokens=30)
+    assert max(kept) <= 40
+    close(directions(part), directions(whole), size_of(llama))
+    np.testing.assert_allclose(list(part.residual_norms.values()), list(whole.residual_norms.values()), rtol=0.15)
