@@ -33,11 +33,11 @@ from mlxsteer import (
     datasets,
     estimate,
     extract,
+    moments,
     separation,
     to_mean_norm,
 )
 from mlxsteer import interventions as iv
-from mlxsteer import moments
 from mlxsteer import reading as room
 from mlxsteer.extraction import auroc
 from mlxsteer.pairs import in_split
