@@ -40,7 +40,8 @@ class Continuation:
         model: the model.
         texts: the texts; the last token of one that has a completion isn't run, since nobody looks behind it.
         needed: for each text the positions whose logits are looked at.
-        position: which tokens will be edited, which decides what may run once.
+        position: which tokens will be edited, one choice or several, which decides what may run once.
+        plain: run everything every time: places before the blocks or behind them will be edited.
         pairs: the second half of the texts are the partners of the first half, with the same prompts.
     """
 
@@ -49,8 +50,9 @@ class Continuation:
         model: InterpretableModel,
         texts: Sequence[Text],
         needed: Sequence[range],
-        position: Position,
+        position: Position | Sequence[Position],
         *,
+        plain: bool = False,
         pairs: bool = False,
     ) -> None:
         self.model, self.sites = model, model._sites
@@ -59,8 +61,9 @@ class Continuation:
         self.prompts = [Prompt(text.prompt, text.tokens[: text.prompt], decode) for text in texts]
         self.blocks = [self.sites.resolve(f"layers.{i}") for i in range(len(model.layers))]
         # Steerings around this must see every block and every token, and edited models are steered throughout.
-        self.plain = bool(surrounding(model.model) or residents(model.model))
-        self.replays = self.sites.family.replay
+        self.plain = plain or bool(surrounding(model.model) or residents(model.model))
+        self.replays = self.sites.family.replay and not plain
+        self.block_tokens = 0  # tokens of all rows, padding included, times blocks that ran on them
         self.start = 0
         if self.replays and not self.plain and model._sites.family.batch:
             self.start = min(first_edited(model, *one, position) for one in zip(texts, needed, strict=True))
@@ -90,25 +93,39 @@ class Continuation:
         """Scores of the clean pass, (needed positions,)."""
         return self._scores(self._final, 1, score)[0]
 
-    def edited(self, site: Site, intervention: Intervention, copies: int, score: Score) -> np.ndarray[Any, Any]:
-        """Scores of `copies` variants of the texts under an edit, (copies, needed positions).
+    def edited(self, edits: Sequence[tuple[Site, Intervention]], copies: int, score: Score) -> np.ndarray[Any, Any]:
+        """Scores of `copies` variants of the texts under some edits, (copies, needed positions).
 
         Args:
-            site: where, inside a block or behind it.
-            intervention: for a batch of `copies` times the texts, one whole copy after the other.
+            edits: (site, intervention), in the order in which they act; inside blocks or behind them, unless `plain`.
+                An intervention is for a batch of `copies` times the texts, one whole copy after the other.
             copies: how many.
             score: logits → scores.
         """
-        assert site.layer is not None
-        tokens, edits, replay = self._tokens(copies), [(site, intervention)], {}
-        if self.replays:
-            replay = {block: tiled(self.whole[block], copies) for block in self.blocks[: site.layer]}
-            block = self.blocks[site.layer]
-            if site == block:
-                whole = tiled(self.whole[block], copies)
-                moved = intervention(activation(whole, site), Where(tokens, site.key, site.layer))
-                replay[block], edits = with_activation(whole, moved), []
-        return self._scores(self._forward(self._plan(replay, edits, copies, ()), copies), copies, score)
+        later, replay = list(edits), {}
+        layers = [site.layer for site, _ in edits if site.layer is not None]
+        if self.replays and layers:
+            lowest = min(layers)
+            replay = {block: tiled(self.whole[block], copies) for block in self.blocks[:lowest]}
+            block = self.blocks[lowest]
+            if all(site == block for site, _ in edits if site.layer == lowest):
+                whole, where = tiled(self.whole[block], copies), Where(self._tokens(copies), block.key, lowest)
+                for site, intervention in edits:
+                    if site == block:
+                        whole = with_activation(whole, intervention(activation(whole, site), where))
+                replay[block], later = whole, [(site, edit) for site, edit in edits if site != block]
+        return self._scores(self._forward(self._plan(replay, later, copies, ()), copies), copies, score)
+
+    def divergences(self, edits: Sequence[tuple[Site, Intervention]], copies: int) -> np.ndarray[Any, Any]:
+        """``KL(clean ‖ edited)`` in nats of the next-token distributions, (copies, needed positions); see `edited`."""
+
+        def score(logits: mx.array, positions: np.ndarray[Any, Any]) -> mx.array:
+            clean = self._logits(self._final, self.index[positions])
+            base = clean - mx.logsumexp(clean, axis=-1, keepdims=True)
+            moved = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+            return mx.sum(mx.exp(base) * (base - moved), axis=-1)
+
+        return self.edited(edits, copies, score)
 
     # -- forwards --------------------------------------------------------------------------------------------------
 
@@ -133,6 +150,7 @@ class Continuation:
         output = None
         with attached(plan), suppress(Stopped):
             output = self.model.model(mx.tile(ids, (copies, 1)), cache=cache)
+        self.block_tokens += copies * ids.size * (len(self.blocks) - len(plan.replay))
         plan.check_fired()
         return output
 
@@ -145,8 +163,11 @@ class Continuation:
         last = self.blocks[-1]
         return activation(plan.captured[last], last)
 
+    def _logits(self, final: mx.array, chosen: np.ndarray[Any, Any]) -> mx.array:
+        rows = final.reshape(-1, final.shape[-1])[mx.array(chosen)]
+        return (rows if self.plain else through_head(self.model, rows)).astype(mx.float32)
+
     def _scores(self, final: mx.array, copies: int, score: Score) -> np.ndarray[Any, Any]:
-        rows = final.reshape(-1, final.shape[-1])
         offsets = np.arange(copies)[:, None] * len(self.rows) * self.width
         chosen = (offsets + self.index).reshape(-1)
         embedding = self.sites.modules.get("embed")
@@ -154,19 +175,20 @@ class Continuation:
         step = max(1, HEAD_BYTES // (4 * vocabulary))
         found = []
         for begin in range(0, len(chosen), step):
-            piece = rows[mx.array(chosen[begin : begin + step])]
-            logits = piece if self.plain else through_head(self.model, piece)
+            logits = self._logits(final, chosen[begin : begin + step])
             numbers = np.arange(begin, min(begin + step, len(chosen))) % len(self.index)
-            found.append(np.array(score(logits.astype(mx.float32), numbers).astype(mx.float32), np.float64))
+            found.append(np.array(score(logits, numbers).astype(mx.float32), np.float64))
         return np.concatenate(found).reshape(copies, -1)
 
 
-def first_edited(model: InterpretableModel, text: Text, needed: range, position: Position) -> int:
+def first_edited(model: InterpretableModel, text: Text, needed: range, position: Position | Sequence[Position]) -> int:
     """The first token of a text that an edit touches, or whose logits are looked at: those before it stay clean."""
     decode = model.tokenizer.decode if model.tokenizer is not None else None
-    prompt = Prompt(text.prompt, text.tokens[: text.prompt], decode)
-    touched = np.flatnonzero(Tokens([0], [needed.stop], needed.stop, [prompt]).marks(0, position))
-    return min(needed.start, int(touched[0])) if len(touched) else needed.start
+    tokens = Tokens([0], [needed.stop], needed.stop, [Prompt(text.prompt, text.tokens[: text.prompt], decode)])
+    first = needed.start
+    for one in [position] if isinstance(position, Position) else position:
+        first = min([first, *map(int, np.flatnonzero(tokens.marks(0, one))[:1])])
+    return first
 
 
 def tiled(output: Any, copies: int) -> Any:

@@ -434,7 +434,7 @@ def _sweep_group(
             found = []
             for one, rows in zip(passes, batches, strict=True):
                 each = [made.strengths[j] for j in some for _ in rows]
-                found.append(one.edited(site, make(layer, each), len(some), score))
+                found.append(one.edited([(site, make(layer, each))], len(some), score))
             made.effect[np.ix_([i], some, group)] = part.effect(np.concatenate(found, axis=1))[None]
         step(i + 1)
 

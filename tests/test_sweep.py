@@ -60,7 +60,7 @@ def test_a_continuation_has_the_logits_of_the_plain_way(family: str, at: Any) ->
                 continue
             pieces.clear()
             steering = iv.add_vector(v, [s for s in STRENGTHS for _ in rows], at=at)
-            passed.edited(model._sites.resolve(key), steering, len(STRENGTHS), look)
+            passed.edited([(model._sites.resolve(key), steering)], len(STRENGTHS), look)
             found = mx.concatenate(pieces).reshape(12, 3, -1)
             with model.trace([row[:7] for row in rows] * 3, {key: steering}, prompt_tokens=[5] * 12):
                 expected = model.output.save().astype(mx.float32)[:, 4:7]
