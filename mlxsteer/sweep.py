@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -20,15 +20,10 @@ from mlxsteer.interventions import create
 from mlxsteer.interventions.base import Intervention, number
 from mlxsteer.interventions.files import write_whole
 from mlxsteer.model import InterpretableModel
-from mlxsteer.pairs import ContrastPair, checked
 from mlxsteer.positions import At, Position
 from mlxsteer.progress import Step, reporting
-from mlxsteer.reading import Text, as_chat, encode_side, encode_text
+from mlxsteer.questions import Metric, Question, groups, question_of
 from mlxsteer.vectors import SteeringVector
-
-Metric: TypeAlias = "str | Sequence[str] | Callable[[mx.array], mx.array]"
-"""What is measured: ``"logprob_difference"`` of a pair's completions; a list of texts of one token each, for their
-probability together; or a callable from the logits behind each prompt, (prompts, vocabulary), to (prompts,)."""
 
 Maker: TypeAlias = "str | Callable[[mx.array, list[float]], Intervention]"
 """The name of a registered intervention that takes one direction, or a callable from a direction and one strength per
@@ -156,108 +151,6 @@ def _colour(value: float, low: float, high: float) -> str:
     return "dark_orange" if share > 0.75 else "default"
 
 
-# -- what is asked -------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Question:
-    """Texts, the positions whose logits count, and how a score per position becomes one number per prompt."""
-
-    texts: list[Text]
-    needed: list[range]
-    pairs: bool
-    metric: str
-    score: Callable[[mx.array, np.ndarray[Any, Any]], mx.array]
-
-    def effect(self, scores: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """(copies, positions) → (copies, prompts)."""
-        ends = np.cumsum([len(positions) for positions in self.needed])[:-1]
-        sums = np.stack([part.sum(axis=1) for part in np.split(scores, ends, axis=1)], axis=1)
-        if not self.pairs:
-            return sums
-        half = len(self.texts) // 2
-        effect: np.ndarray[Any, Any] = sums[:, :half] - sums[:, half:]
-        return effect
-
-
-def _of_pairs(model: InterpretableModel, pairs: Sequence[ContrastPair], normalize: str | None) -> _Question:
-    """Log-probability of each completion, positives first.
-
-    Raises:
-        ValueError: a pair's sides are prompts themselves, so that there is no completion to score.
-    """
-    texts = [Text(*encode_side(model, pair, side)) for side in ("positive", "negative") for pair in pairs]
-    if any(len(text.tokens) == text.prompt for text in texts):
-        raise ValueError("these pairs are two prompts each: a sweep measures completions, and there are none to score.")
-    needed = [range(text.prompt - 1, len(text.tokens) - 1) for text in texts]
-    targets = np.array([text.tokens[p + 1] for text, positions in zip(texts, needed, strict=True) for p in positions])
-    each = [1 / len(positions) if normalize else 1.0 for positions in needed for _ in positions]
-    weights = np.array(each, np.float32)
-
-    def score(logits: mx.array, positions: np.ndarray[Any, Any]) -> mx.array:
-        chosen = mx.take_along_axis(logits, mx.array(targets[positions])[:, None], axis=-1)[:, 0]
-        return (chosen - mx.logsumexp(logits, axis=-1)) * mx.array(weights[positions])
-
-    return _Question(texts, needed, True, "logprob_difference" + (" per token" if normalize else ""), score)
-
-
-def _of_prompts(model: InterpretableModel, texts: list[Text], metric: Metric) -> _Question:
-    """A score of the logits behind each prompt's last token.
-
-    Raises:
-        TypeError: the metric is none for prompts.
-        ValueError: a text of it is not one token.
-    """
-    needed = [range(text.prompt - 1, text.prompt) for text in texts]
-    if callable(metric):
-        compute: Callable[[mx.array], mx.array] = metric
-
-        def score(logits: mx.array, _: np.ndarray[Any, Any]) -> mx.array:
-            found = compute(logits)
-            if not isinstance(found, mx.array) or found.shape != logits.shape[:1]:
-                given = getattr(found, "shape", found)
-                raise ValueError(f"the metric gives one number per prompt, {logits.shape[:1]}, not {given!r}.")
-            return found
-
-        return _Question(texts, needed, False, getattr(metric, "__name__", "metric"), score)
-    if isinstance(metric, str) or not isinstance(metric, Sequence) or not metric:
-        raise TypeError(
-            "for prompts the metric is a list of texts of one token each, such as [' yes', ' Yes'], or a callable on "
-            f"logits, not {metric!r}; 'logprob_difference' needs contrast pairs."
-        )
-    ids = sorted({_one_token(model, text) for text in metric})
-    columns = mx.array(ids)
-
-    def probability(logits: mx.array, _: np.ndarray[Any, Any]) -> mx.array:
-        return mx.sum(mx.softmax(logits, axis=-1)[:, columns], axis=-1)
-
-    return _Question(texts, needed, False, f"P({' or '.join(map(repr, metric))})", probability)
-
-
-def _one_token(model: InterpretableModel, text: str) -> int:
-    tokenizer = model._needed_tokenizer("a metric made of texts")
-    ids = tokenizer.encode(text, add_special_tokens=False)
-    if len(ids) != 1:
-        parts = ", ".join(repr(model.token_to_str(i)) for i in ids)
-        raise ValueError(f"metric: {text!r} is {len(ids)} tokens here ({parts}), not one.")
-    return int(ids[0])
-
-
-def _question(model: InterpretableModel, asked: Any, metric: Metric, normalize: str | None, chat: bool) -> _Question:
-    if normalize not in (None, "token"):
-        raise ValueError(f"normalize is 'token' or None, not {normalize!r}.")
-    if isinstance(asked, (str, Mapping)):
-        raise TypeError("a sweep takes contrast pairs or a list of prompts; one prompt is [prompt].")
-    given = list(asked)
-    if not given or isinstance(given[0], ContrastPair):
-        pairs = [as_chat(pair) if chat else pair for pair in checked(given)]
-        if metric == "logprob_difference":
-            return _of_pairs(model, pairs, normalize)
-        texts = [Text(tokens[:prompt], prompt) for tokens, prompt in (encode_side(model, p, "positive") for p in pairs)]
-        return _of_prompts(model, texts, metric)
-    return _of_prompts(model, [encode_text(model, text, chat=chat) for text in given], metric)
-
-
 # -- what is tried -------------------------------------------------------------------------------------------------
 
 
@@ -363,7 +256,7 @@ def sweep(
     if isinstance(batch_tokens, bool) or not isinstance(batch_tokens, int) or batch_tokens < 1:
         raise ValueError(f"batch_tokens is a number of tokens from 1 on, not {batch_tokens!r}.")
     chosen, wanted = _directions(model, vector, layers, unit)
-    question = _question(model, pairs, metric, normalize, chat)
+    question = question_of(model, pairs, metric, normalize, chat)
     position = Position.of(at)
     make = _maker(intervention, chosen, at, unit)
     prompts = len(question.texts) // (1 + question.pairs)
@@ -373,15 +266,15 @@ def sweep(
         _resume(made, checkpoint)
     moving = [i for i, s in enumerate(strong) if s]
     firsts = [first_edited(model, *one, position) for one in zip(question.texts, question.needed, strict=True)]
-    groups = list(_groups(question, firsts, len(moving), batch_tokens, alone=not model._sites.family.batch))
+    grouped = list(groups(question, firsts, len(moving), batch_tokens, alone=not model._sites.family.batch))
     with reporting(progress, "sweeping") as step:
-        for done, group in enumerate(groups):
+        for done, group in enumerate(grouped):
             if not np.isnan(made.effect[:, :, group]).any():
-                step((done + 1) * len(wanted), len(groups) * len(wanted))
+                step((done + 1) * len(wanted), len(grouped) * len(wanted))
                 continue
             _sweep_group(
                 model, made, question, group, position, make, moving, batch_tokens,
-                functools.partial(_tick, step, done, len(wanted), len(groups)),
+                functools.partial(_tick, step, done, len(wanted), len(grouped)),
             )  # fmt: skip
             if checkpoint is not None:
                 made.to_json(checkpoint)
@@ -395,7 +288,7 @@ def _tick(step: Step, groups_done: int, layers: int, groups: int, layer: int) ->
 def _sweep_group(
     model: InterpretableModel,
     made: Sweep,
-    question: _Question,
+    question: Question,
     group: list[int],
     position: Position,
     make: Callable[[int, list[float]], Intervention],
@@ -408,7 +301,7 @@ def _sweep_group(
     members = [*group, *(i + half for i in group)] if question.pairs else group
     starts = np.cumsum([0, *map(len, question.needed)])
     numbers = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in members])
-    part = _Question([question.texts[i] for i in members], [question.needed[i] for i in members], question.pairs,
+    part = Question([question.texts[i] for i in members], [question.needed[i] for i in members], question.pairs,
                      question.metric, question.score)  # fmt: skip
 
     def score(logits: mx.array, positions: np.ndarray[Any, Any]) -> mx.array:
@@ -439,34 +332,8 @@ def _sweep_group(
         step(i + 1)
 
 
-def _groups(
-    question: _Question, firsts: Sequence[int], strengths: int, budget: int, *, alone: bool
-) -> Iterator[list[int]]:
-    """Prompts that are run together: a clean batch with all its strengths within the budget where it can be.
-
-    A batch runs clean up to the first edited token of any of its prompts. One whose own lies much further on would run
-    what it could share with every strength, so it starts a batch of its own.
-    """
-    half = len(question.texts) // 2
-    count, sides = (half, 2) if question.pairs else (len(question.texts), 1)
-    members = [(i, i + half) if question.pairs else (i,) for i in range(count)]
-    ends = [max(question.needed[k].stop for k in member) for member in members]
-    first = [min(firsts[k] for k in member) for member in members]
-    group: list[int] = []
-    for i in sorted(range(count), key=lambda i: (first[i], ends[i])):
-        end = max(ends[k] for k in [*group, i])
-        tokens = max(strengths, 1) * sides * (len(group) + 1) * (end - first[(group or [i])[0]])
-        apart = group and first[i] - first[group[0]] > max(1, (ends[i] - first[i]) // 2)
-        if group and (alone or apart or tokens > budget):
-            yield group
-            group = []
-        group.append(i)
-    if group:
-        yield group
-
-
 def _record(
-    model: InterpretableModel, vector: SteeringVector, question: _Question, at: At, intervention: Maker
+    model: InterpretableModel, vector: SteeringVector, question: Question, at: At, intervention: Maker
 ) -> dict[str, Any]:
     digest = hashlib.sha256(repr([(text.tokens, text.prompt) for text in question.texts]).encode())
     directions = hashlib.sha256(b"".join(np.array(vector[layer]).tobytes() for layer in vector))

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
+from typing import Any
 
 from mlxsteer.datasets.readers import read, read_texts, write
 from mlxsteer.pairs import PairSet
 
-__all__ = ["available", "card", "load", "read", "read_texts", "write"]
+__all__ = ["available", "card", "load", "neutral", "read", "read_texts", "write"]
 
 _FOLDER = Path(__file__).parent
 
@@ -54,3 +55,13 @@ def load(name: str, split: str | None = None) -> PairSet:
     if not chosen:
         raise ValueError(f"{name} has no split {split!r}; it has {sorted({p.split or 'none' for p in pairs})}.")
     return PairSet(chosen, name=name)
+
+
+def neutral(model: Any = None) -> list[str]:
+    """Prompts that have nothing to do with any behaviour, to measure side effects on.
+
+    Args:
+        model: the model that they are for: the bundled one knows only its own language; others get everyday English.
+    """
+    folder = _FOLDER / "pocket" if getattr(model, "name", None) == "pocket" else _FOLDER
+    return (folder / "neutral.txt").read_text(encoding="utf-8").splitlines()

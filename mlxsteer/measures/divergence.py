@@ -1,0 +1,224 @@
+"""What a steering does beside what it is meant to do: divergence from the base model, and how probable its text is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mlxsteer.continuation import Continuation
+from mlxsteer.interventions.base import Compose, Intervention
+from mlxsteer.model import InterpretableModel
+from mlxsteer.positions import Position
+from mlxsteer.reading import Text, encode_text, single_batches
+from mlxsteer.sites import Site
+from mlxsteer.steering import Steering
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """``KL(base ‖ steered)`` of the next-token distributions in nats, over tokens.
+
+    Attributes:
+        mean: mean over tokens.
+        p50: median.
+        p95: 95th percentile.
+        largest: maximum.
+        tokens: number of tokens.
+    """
+
+    mean: float
+    p50: float
+    p95: float
+    largest: float
+    tokens: int
+
+    @classmethod
+    def of(cls, per_token: np.ndarray[Any, Any]) -> Divergence:
+        """The summary of one value per token."""
+        values = np.asarray(per_token, np.float64).reshape(-1)
+        p50, p95 = np.percentile(values, [50, 95])
+        return cls(float(values.mean()), float(p50), float(p95), float(values.max()), len(values))
+
+    def __str__(self) -> str:
+        return f"KL {self.mean:.3g} nats a token on average (median {self.p50:.3g}, 95th percentile {self.p95:.3g})"
+
+
+class Reference:
+    """Texts that steering is held against: neutral prompts, each continued by the unsteered model itself.
+
+    The clean pass over them runs once, so that many steerings can be measured against it.
+
+    Args:
+        model: the model.
+        prompts: texts, lists of token ids, or chats.
+        tokens: how many tokens the unsteered model adds to each, greedily; they are what is measured. 0 measures the
+            tokens of the prompts themselves, but the first.
+        at: which tokens will be steered: one choice or several. An int or a slice counts in the prompt.
+        chat: texts are a user's messages.
+        plain: run the whole model for every steering, for places before the blocks or behind them.
+        batch_tokens: the most tokens in one batch, padding included.
+
+    Raises:
+        ValueError: there are no prompts, or nothing in them to measure.
+    """
+
+    def __init__(
+        self,
+        model: InterpretableModel,
+        prompts: Iterable[Any],
+        *,
+        tokens: int = 24,
+        at: Any = "all",
+        chat: bool = False,
+        plain: bool = False,
+        batch_tokens: int = 4096,
+    ) -> None:
+        if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 0:
+            raise ValueError(f"tokens is how many tokens to add, 0 or more, not {tokens!r}.")
+        self.model, self.plain = model, plain
+        positions = list(at) if isinstance(at, list) and at and isinstance(at[0], Position) else [Position.of(at)]
+        self.texts = continued(model, prompts, tokens, chat=chat)
+        self.passes = []
+        for texts, needed in _batches(model, self.texts, batch_tokens, whole=not tokens):
+            self.passes.append(Continuation(model, texts, needed, positions, plain=plain))
+
+    @property
+    def block_tokens(self) -> int:
+        """Tokens times blocks that ran so far."""
+        return sum(one.block_tokens for one in self.passes)
+
+    def per_token(self, edits: Sequence[tuple[Site, Intervention]]) -> np.ndarray[Any, Any]:
+        """KL(base ‖ steered) at every token measured, (tokens,)."""
+        return np.concatenate([one.divergences(edits, 1)[0] for one in self.passes])
+
+    def divergence(self, interventions: Mapping[str, Any], strength: float = 1.0) -> Divergence:
+        """The divergence of a key dict, all its strengths multiplied by `strength`."""
+        return Divergence.of(self.per_token(edits_of(self.model, interventions, strength)))
+
+
+def edits_of(
+    model: InterpretableModel, interventions: Mapping[str, Any], strength: float = 1.0
+) -> list[tuple[Site, Intervention]]:
+    """A key dict as (site, intervention), all strengths multiplied by `strength`."""
+    edits = Steering.of(model._sites, interventions).edits
+    return [(site, edit if strength == 1.0 else Compose((edit,), strength)) for site, edit in edits]
+
+
+def positions_of(edits: Iterable[tuple[Site, Intervention]]) -> list[Position]:
+    """Every choice of tokens that some edits have."""
+    return list(dict.fromkeys(part.at for _, edit in edits for part in edit.parts()))
+
+
+def outside_blocks(edits: Iterable[tuple[Site, Intervention]]) -> bool:
+    """Whether some edit lies before the blocks or behind them."""
+    return any(site.layer is None for site, _ in edits)
+
+
+def continued(model: InterpretableModel, prompts: Iterable[Any], tokens: int, *, chat: bool = False) -> list[Text]:
+    """Prompts with what the unsteered model says next, greedily.
+
+    Raises:
+        TypeError: one prompt in place of a list.
+        ValueError: there are none, or the model ends every one of them at once.
+    """
+    if isinstance(prompts, (str, Mapping)):
+        raise TypeError("neutral prompts are a list; one prompt is [prompt].")
+    texts = [encode_text(model, prompt, chat=chat) for prompt in prompts]
+    if not texts:
+        raise ValueError("there are no neutral prompts: give at least one.")
+    if not tokens:
+        return texts
+    made = model.generate([text.tokens for text in texts], max_tokens=tokens)
+    whole = [Text([*text.tokens, *one.tokens], len(text.tokens)) for text, one in zip(texts, made, strict=True)]
+    found = [text for text in whole if len(text.tokens) > text.prompt]
+    if not found:
+        raise ValueError("the model says nothing to any of these prompts: there is nothing to measure.")
+    return found
+
+
+def _batches(model: InterpretableModel, texts: Sequence[Text], budget: int, *, whole: bool) -> Any:
+    """Texts of similar length, with the positions whose logits predict what is measured."""
+    budget = budget if model._sites.family.batch else 1
+    for batch in single_batches([len(text.tokens) for text in texts], budget):
+        rows = [texts[i] for i in batch]
+        needed = [range(0 if whole else row.prompt - 1, len(row.tokens) - 1) for row in rows]
+        kept = [(row, positions) for row, positions in zip(rows, needed, strict=True) if len(positions)]
+        if kept:
+            yield [row for row, _ in kept], [positions for _, positions in kept]
+
+
+def kl(
+    model: InterpretableModel,
+    interventions: Mapping[str, Any],
+    prompts: Iterable[Any],
+    *,
+    tokens: int = 24,
+    chat: bool = False,
+    batch_tokens: int = 4096,
+) -> Divergence:
+    """How far a steering moves a model's predictions: ``KL(base ‖ steered)`` per token, in nats.
+
+    As Arditi et al. 2024 (arXiv 2406.11717) measure it on harmless prompts, but over the tokens of the unsteered
+    model's own continuations, teacher-forced.
+
+    Args:
+        model: the model.
+        interventions: a key dict.
+        prompts: neutral ones; texts, token ids or chats.
+        tokens: how many tokens of continuation; 0 measures the tokens of the prompts themselves.
+        chat: texts are a user's messages.
+        batch_tokens: the most tokens in one batch, padding included.
+
+    Raises:
+        ValueError: there are no prompts.
+        UnknownKey: a key names no place.
+    """
+    edits = edits_of(model, interventions)
+    reference = Reference(
+        model, prompts, tokens=tokens, at=positions_of(edits), chat=chat, plain=outside_blocks(edits),
+        batch_tokens=batch_tokens,
+    )  # fmt: skip
+    return Divergence.of(reference.per_token(edits))
+
+
+def log_likelihood(model: InterpretableModel, texts: Sequence[Text], batch_tokens: int = 4096) -> list[float]:
+    """Log-probability in nats of each text's completion under the unsteered model; 0 for one without a completion."""
+    import mlx.core as mx
+
+    found = dict.fromkeys(range(len(texts)), 0.0)
+    some = [i for i, text in enumerate(texts) if len(text.tokens) > text.prompt]
+    for batch in single_batches([len(texts[i].tokens) for i in some], batch_tokens if model._sites.family.batch else 1):
+        rows = [texts[some[i]] for i in batch]
+        needed = [range(row.prompt - 1, len(row.tokens) - 1) for row in rows]
+        targets = np.array([row.tokens[p + 1] for row, positions in zip(rows, needed, strict=True) for p in positions])
+
+        def score(logits: mx.array, numbers: Any, targets: Any = targets) -> mx.array:
+            chosen = mx.take_along_axis(logits, mx.array(targets[numbers])[:, None], axis=-1)[:, 0]
+            return chosen - mx.logsumexp(logits, axis=-1)
+
+        scores = Continuation(model, rows, needed, Position.of("all")).clean(score)
+        ends = np.cumsum([len(positions) for positions in needed])[:-1]
+        for i, part in zip(batch, np.split(scores, ends), strict=True):
+            found[some[i]] = float(part.sum())
+    return list(found.values())
+
+
+def perplexity(model: InterpretableModel, generations: Sequence[Any], batch_tokens: int = 4096) -> float:
+    """Perplexity of generated texts under the unsteered model: ``exp(−mean log P(token))`` over all their tokens.
+
+    Args:
+        model: the model that judges, without steering.
+        generations: what `generate` gave; their prompts count as given.
+        batch_tokens: the most tokens in one batch, padding included.
+
+    Raises:
+        ValueError: none of them has a token.
+    """
+    texts = [Text([*one.prompt_tokens, *one.tokens], len(one.prompt_tokens)) for one in generations]
+    count = sum(len(text.tokens) - text.prompt for text in texts)
+    if not count:
+        raise ValueError("these generations are all empty: there is nothing to judge.")
+    return float(np.exp(-sum(log_likelihood(model, texts, batch_tokens)) / count))

@@ -1,0 +1,127 @@
+"""What a steering is meant to do, from log-probabilities alone: which of two completions the model prefers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from mlxsteer.continuation import Continuation, first_edited
+from mlxsteer.interventions.base import Intervention
+from mlxsteer.measures.divergence import edits_of, outside_blocks, positions_of
+from mlxsteer.model import InterpretableModel
+from mlxsteer.pairs import ContrastPair, checked
+from mlxsteer.positions import Position
+from mlxsteer.questions import Question, groups, of_pairs
+from mlxsteer.reading import as_chat
+from mlxsteer.sites import Site
+
+
+class Preferences:
+    """``log P(positive | prompt) − log P(negative | prompt)`` in nats of many pairs, under one steering after another.
+
+    The clean pass over the pairs runs once, and so do the tokens before the first one that is steered.
+
+    Args:
+        model: the model.
+        pairs: contrast pairs; all of them, whatever their split.
+        at: which tokens will be steered: one choice or several.
+        normalize: ``"token"`` divides each completion's log-probability by its number of tokens.
+        chat: prompts are a user's messages.
+        plain: run the whole model for every steering, for places before the blocks or behind them.
+        batch_tokens: the most tokens in one batch, padding included.
+
+    Raises:
+        ValueError: there are no pairs, or their sides are prompts without completions.
+    """
+
+    def __init__(
+        self,
+        model: InterpretableModel,
+        pairs: Iterable[ContrastPair],
+        *,
+        at: Any = "all",
+        normalize: str | None = None,
+        chat: bool = False,
+        plain: bool = False,
+        batch_tokens: int = 4096,
+    ) -> None:
+        self.model, self.plain = model, plain
+        positions = list(at) if isinstance(at, list) and at and isinstance(at[0], Position) else [Position.of(at)]
+        chosen = [as_chat(pair) if chat else pair for pair in checked(pairs)]
+        question = of_pairs(model, chosen, normalize)
+        half = len(chosen)
+        alone = not model._sites.family.batch
+        firsts = [first_edited(model, *one, positions) for one in zip(question.texts, question.needed, strict=True)]
+        starts = np.cumsum([0, *map(len, question.needed)])
+        self.count = half
+        self._passes: list[tuple[Continuation, Question, list[int], Any]] = []
+        for group in groups(question, firsts, 1, batch_tokens, alone=alone):
+            members = [*group, *(i + half for i in group)]
+            for rows in [[i] for i in members] if alone else [members]:
+                texts, needed = [question.texts[i] for i in rows], [question.needed[i] for i in rows]
+                one = Continuation(model, texts, needed, positions, plain=plain, pairs=not alone)
+                numbers = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in rows])
+                self._passes.append((one, question, rows, numbers))
+        self.base = self._collected(None, 1)[0]
+
+    @property
+    def block_tokens(self) -> int:
+        """Tokens times blocks that ran so far."""
+        return sum(one.block_tokens for one, *_ in self._passes)
+
+    def under(self, edits: Sequence[tuple[Site, Intervention]], copies: int = 1) -> np.ndarray[Any, Any]:
+        """The preferences under some edits, (copies, pairs); for per-row interventions see `rows_of`."""
+        return self._collected(edits, copies)
+
+    def shift(self, interventions: Mapping[str, Any], strength: float = 1.0) -> np.ndarray[Any, Any]:
+        """How far a key dict moves each pair's preference, all its strengths multiplied by `strength`, (pairs,)."""
+        shift: np.ndarray[Any, Any] = self.under(edits_of(self.model, interventions, strength))[0] - self.base
+        return shift
+
+    def _collected(self, edits: Sequence[tuple[Site, Intervention]] | None, copies: int) -> np.ndarray[Any, Any]:
+        sums = np.zeros((copies, 2 * self.count))
+        for one, question, rows, numbers in self._passes:
+
+            def score(logits: Any, positions: Any, question: Any = question, numbers: Any = numbers) -> Any:
+                return question.score(logits, numbers[positions])
+
+            scores = one.clean(score)[None] if edits is None else one.edited(edits, copies, score)
+            ends = np.cumsum([len(question.needed[i]) for i in rows])[:-1]
+            for i, part in zip(rows, np.split(scores, ends, axis=1), strict=True):
+                sums[:, i] = part.sum(axis=1)
+        effect: np.ndarray[Any, Any] = sums[:, : self.count] - sums[:, self.count :]
+        return effect
+
+
+def preference_shift(
+    model: InterpretableModel,
+    interventions: Mapping[str, Any],
+    pairs: Iterable[ContrastPair],
+    *,
+    normalize: str | None = None,
+    chat: bool = False,
+    batch_tokens: int = 4096,
+) -> np.ndarray[Any, Any]:
+    """How far a steering moves ``log P(positive) − log P(negative)`` of each pair, in nats, (pairs,).
+
+    Args:
+        model: the model.
+        interventions: a key dict.
+        pairs: contrast pairs; all of them, whatever their split.
+        normalize: ``"token"`` divides each completion's log-probability by its number of tokens.
+        chat: prompts are a user's messages.
+        batch_tokens: the most tokens in one batch, padding included.
+
+    Raises:
+        ValueError: there are no pairs, or their sides are prompts without completions.
+        UnknownKey: a key names no place.
+    """
+    edits = edits_of(model, interventions)
+    preferences = Preferences(
+        model, pairs, at=positions_of(edits), normalize=normalize, chat=chat, plain=outside_blocks(edits),
+        batch_tokens=batch_tokens,
+    )  # fmt: skip
+    moved: np.ndarray[Any, Any] = preferences.under(edits)[0] - preferences.base
+    return moved
