@@ -1,6 +1,7 @@
 """mlxsteer: read, steer and measure language models on MLX."""
 
-from mlxsteer import datasets, directions, interventions
+from mlxsteer import datasets, directions, interventions, measures
+from mlxsteer.evaluation import Evaluation, evaluate
 from mlxsteer.extraction import estimate, extract, separation
 from mlxsteer.generation import Generation, NothingTouched
 from mlxsteer.model import ContextLengthWarning, InterpretableModel
@@ -9,16 +10,20 @@ from mlxsteer.pairs import ContrastPair, PairSet
 from mlxsteer.plans import NeverFired
 from mlxsteer.positions import PositionError, after
 from mlxsteer.reading import activations, mean_activations
+from mlxsteer.selection import Choice, select
 from mlxsteer.sites import UnknownKey, UnsupportedModel
 from mlxsteer.steering import SteeredCacheError
+from mlxsteer.strength import Strength, strength_for
 from mlxsteer.sweep import Sweep, sweep
 from mlxsteer.trace import LostWrite, Trace
 from mlxsteer.vectors import SteeringVector, VectorMismatchWarning, to_mean_norm
 
 __all__ = [
     "Check",
+    "Choice",
     "ContextLengthWarning",
     "ContrastPair",
+    "Evaluation",
     "Generation",
     "InterpretableModel",
     "LostWrite",
@@ -28,6 +33,7 @@ __all__ = [
     "PositionError",
     "SteeredCacheError",
     "SteeringVector",
+    "Strength",
     "Sweep",
     "Trace",
     "UnknownKey",
@@ -38,10 +44,14 @@ __all__ = [
     "datasets",
     "directions",
     "estimate",
+    "evaluate",
     "extract",
     "interventions",
     "mean_activations",
+    "measures",
+    "select",
     "separation",
+    "strength_for",
     "sweep",
     "to_mean_norm",
 ]

@@ -135,10 +135,10 @@ def test_what_is_drawn_at_once_changes_nothing(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("base", [0.0, 0.1, -1e6])
-@pytest.mark.parametrize("ones", [1, 2, 3, 63])
+@pytest.mark.parametrize("ones", [1, 2, 3, 48])
 def test_values_nearly_all_equal_have_a_finite_interval(ones: int, base: float) -> None:
-    made = bootstrap([base + 1.0] * ones + [base] * (64 - ones), resamples=1000)
-    assert -0.1 <= made.low - base < ones / 64 < made.high - base <= 1.1
+    made = bootstrap([base + 1.0] * ones + [base] * (49 - ones), resamples=1000)  # means of 49 are rounded
+    assert -0.1 <= made.low - base < ones / 49 < made.high - base <= 1.1
 
 
 @pytest.mark.parametrize("value", [0.0, 0.1, -1e9])
@@ -389,7 +389,7 @@ def test_null_vectors_refuse_what_they_cannot_be_drawn_like() -> None:
 
 
 def test_shuffled_labels_swap_half_of_every_split() -> None:
-    pairs = datasets.load("refusal") if "refusal" in datasets.available() else datasets.load(datasets.available()[0])
+    pairs = datasets.load("refusal")
     made = shuffled_labels(pairs, seed=1)
     assert isinstance(made, PairSet)
     assert (made.name, made.splits, len(made)) == (pairs.name, pairs.splits, len(pairs))
@@ -436,7 +436,7 @@ def test_random_vectors_raise_few_false_alarms() -> None:
     v = a_vector(tuple(range(100)), 32)
     readout = np.random.default_rng(3).normal(size=32)
     effects = []
-    for seed in range(60):
+    for seed in range(40):
         drawn = random_like(v, seed=seed)
         effects.append([np.array(drawn[layer]) @ readout for layer in v])
     observed, nulls = np.array(effects[0]), np.array(effects[1:])

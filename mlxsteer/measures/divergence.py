@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from mlxsteer.continuation import Continuation
+from mlxsteer.continuation import Continuation, Score
 from mlxsteer.interventions.base import Compose, Intervention
 from mlxsteer.model import InterpretableModel
 from mlxsteer.positions import Position
@@ -59,7 +59,8 @@ class Reference:
         at: which tokens will be steered: one choice or several. An int or a slice counts in the prompt.
         chat: texts are a user's messages.
         plain: run the whole model for every steering, for places before the blocks or behind them.
-        batch_tokens: the most tokens in one batch, padding included.
+        variants: how many steerings will be run at once; see `dose`.
+        batch_tokens: the most tokens in one batch, padding and variants included.
 
     Raises:
         ValueError: there are no prompts, or nothing in them to measure.
@@ -74,6 +75,7 @@ class Reference:
         at: Any = "all",
         chat: bool = False,
         plain: bool = False,
+        variants: int = 1,
         batch_tokens: int = 4096,
     ) -> None:
         if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 0:
@@ -82,7 +84,7 @@ class Reference:
         positions = list(at) if isinstance(at, list) and at and isinstance(at[0], Position) else [Position.of(at)]
         self.texts = continued(model, prompts, tokens, chat=chat)
         self.passes = []
-        for texts, needed in _batches(model, self.texts, batch_tokens, whole=not tokens):
+        for texts, needed in _batches(model, self.texts, batch_tokens // variants, whole=not tokens):
             self.passes.append(Continuation(model, texts, needed, positions, plain=plain))
 
     @property
@@ -94,9 +96,38 @@ class Reference:
         """KL(base ‖ steered) at every token measured, (tokens,)."""
         return np.concatenate([one.divergences(edits, 1)[0] for one in self.passes])
 
+    def dose(
+        self, make: Callable[[list[float]], Sequence[tuple[Site, Intervention]]], strengths: Sequence[float]
+    ) -> np.ndarray[Any, Any]:
+        """KL(base ‖ steered) at several strengths, which are rows of one batch, (strengths, tokens).
+
+        Args:
+            make: a strength for each row → edits.
+            strengths: the strengths.
+        """
+        return np.concatenate([doses(self.model, one, make, strengths, None) for one in self.passes], axis=1)
+
     def divergence(self, interventions: Mapping[str, Any], strength: float = 1.0) -> Divergence:
         """The divergence of a key dict, all its strengths multiplied by `strength`."""
         return Divergence.of(self.per_token(edits_of(self.model, interventions, strength)))
+
+
+def doses(
+    model: InterpretableModel,
+    one: Continuation,
+    make: Callable[[list[float]], Sequence[tuple[Site, Intervention]]],
+    strengths: Sequence[float],
+    score: Score | None,
+) -> np.ndarray[Any, Any]:
+    """Scores of a pass (or its divergences, without a score) at several strengths, (strengths, needed positions)."""
+    rows = len(one.rows)
+    # A family whose rows differ in a batch takes one strength at a time.
+    pieces = [list(strengths)] if model._sites.family.batch else [[strength] for strength in strengths]
+    found = []
+    for some in pieces:
+        edits = make([strength for strength in some for _ in range(rows)])
+        found.append(one.divergences(edits, len(some)) if score is None else one.edited(edits, len(some), score))
+    return np.concatenate(found)
 
 
 def edits_of(

@@ -87,6 +87,20 @@ def steerability(
     )
 
 
+def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
+    """Spearman's rank correlation of two lists of numbers, ties averaged; NaN with fewer than two, or without spread.
+
+    Raises:
+        ValueError: they differ in length.
+    """
+    if len(a) != len(b):
+        raise ValueError(f"a rank correlation is of two lists of one length, not of {len(a)} and {len(b)} numbers.")
+    ranks = [_ranks(np.asarray(x, np.float64)[:, None])[:, 0] for x in (a, b)]
+    if min((float(np.ptp(rank)) for rank in ranks if len(rank) > 1), default=0.0) == 0.0:
+        return float("nan")
+    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
+
+
 def _line(x: np.ndarray[Any, Any], y: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """Slope and correlation of every column of y, (n, columns), in x, (n,)."""
     x, y = x - x.mean(), y - y.mean(axis=0)

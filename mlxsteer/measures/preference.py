@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from mlxsteer.continuation import Continuation, first_edited
 from mlxsteer.interventions.base import Intervention
-from mlxsteer.measures.divergence import edits_of, outside_blocks, positions_of
+from mlxsteer.measures.divergence import doses, edits_of, outside_blocks, positions_of
 from mlxsteer.model import InterpretableModel
 from mlxsteer.pairs import ContrastPair, checked
 from mlxsteer.positions import Position
@@ -30,7 +30,8 @@ class Preferences:
         normalize: ``"token"`` divides each completion's log-probability by its number of tokens.
         chat: prompts are a user's messages.
         plain: run the whole model for every steering, for places before the blocks or behind them.
-        batch_tokens: the most tokens in one batch, padding included.
+        variants: how many steerings will be run at once; see `dose`.
+        batch_tokens: the most tokens in one batch, padding and variants included.
 
     Raises:
         ValueError: there are no pairs, or their sides are prompts without completions.
@@ -45,6 +46,7 @@ class Preferences:
         normalize: str | None = None,
         chat: bool = False,
         plain: bool = False,
+        variants: int = 1,
         batch_tokens: int = 4096,
     ) -> None:
         self.model, self.plain = model, plain
@@ -57,37 +59,50 @@ class Preferences:
         starts = np.cumsum([0, *map(len, question.needed)])
         self.count = half
         self._passes: list[tuple[Continuation, Question, list[int], Any]] = []
-        for group in groups(question, firsts, 1, batch_tokens, alone=alone):
+        for group in groups(question, firsts, variants, batch_tokens, alone=alone):
             members = [*group, *(i + half for i in group)]
             for rows in [[i] for i in members] if alone else [members]:
                 texts, needed = [question.texts[i] for i in rows], [question.needed[i] for i in rows]
                 one = Continuation(model, texts, needed, positions, plain=plain, pairs=not alone)
                 numbers = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in rows])
                 self._passes.append((one, question, rows, numbers))
-        self.base = self._collected(None, 1)[0]
+        self.base = self._collected(None, [1.0])[0]
 
     @property
     def block_tokens(self) -> int:
         """Tokens times blocks that ran so far."""
         return sum(one.block_tokens for one, *_ in self._passes)
 
-    def under(self, edits: Sequence[tuple[Site, Intervention]], copies: int = 1) -> np.ndarray[Any, Any]:
-        """The preferences under some edits, (copies, pairs); for per-row interventions see `rows_of`."""
-        return self._collected(edits, copies)
+    def under(self, edits: Sequence[tuple[Site, Intervention]]) -> np.ndarray[Any, Any]:
+        """The preferences under some edits, (pairs,)."""
+        return self._collected(lambda _: edits, [1.0])[0]
+
+    def dose(
+        self, make: Callable[[list[float]], Sequence[tuple[Site, Intervention]]], strengths: Sequence[float]
+    ) -> np.ndarray[Any, Any]:
+        """The preferences at several strengths, which are rows of one batch, (strengths, pairs).
+
+        Args:
+            make: a strength for each row → edits.
+            strengths: the strengths.
+        """
+        return self._collected(make, strengths)
 
     def shift(self, interventions: Mapping[str, Any], strength: float = 1.0) -> np.ndarray[Any, Any]:
         """How far a key dict moves each pair's preference, all its strengths multiplied by `strength`, (pairs,)."""
-        shift: np.ndarray[Any, Any] = self.under(edits_of(self.model, interventions, strength))[0] - self.base
+        shift: np.ndarray[Any, Any] = self.under(edits_of(self.model, interventions, strength)) - self.base
         return shift
 
-    def _collected(self, edits: Sequence[tuple[Site, Intervention]] | None, copies: int) -> np.ndarray[Any, Any]:
-        sums = np.zeros((copies, 2 * self.count))
+    def _collected(
+        self, make: Callable[[list[float]], Sequence[tuple[Site, Intervention]]] | None, strengths: Sequence[float]
+    ) -> np.ndarray[Any, Any]:
+        sums = np.zeros((len(strengths), 2 * self.count))
         for one, question, rows, numbers in self._passes:
 
             def score(logits: Any, positions: Any, question: Any = question, numbers: Any = numbers) -> Any:
                 return question.score(logits, numbers[positions])
 
-            scores = one.clean(score)[None] if edits is None else one.edited(edits, copies, score)
+            scores = one.clean(score)[None] if make is None else doses(self.model, one, make, strengths, score)
             ends = np.cumsum([len(question.needed[i]) for i in rows])[:-1]
             for i, part in zip(rows, np.split(scores, ends, axis=1), strict=True):
                 sums[:, i] = part.sum(axis=1)
@@ -123,5 +138,5 @@ def preference_shift(
         model, pairs, at=positions_of(edits), normalize=normalize, chat=chat, plain=outside_blocks(edits),
         batch_tokens=batch_tokens,
     )  # fmt: skip
-    moved: np.ndarray[Any, Any] = preferences.under(edits)[0] - preferences.base
+    moved: np.ndarray[Any, Any] = preferences.under(edits) - preferences.base
     return moved

@@ -1,0 +1,351 @@
+"""What a given steering does, what it costs, and what chance and a plain instruction would have done: one report."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from mlxsteer import datasets
+from mlxsteer.generation import Generation
+from mlxsteer.interventions.files import write_whole
+from mlxsteer.interventions.operators import AddVector
+from mlxsteer.measures.divergence import (
+    Divergence,
+    Reference,
+    edits_of,
+    outside_blocks,
+    perplexity,
+    positions_of,
+)
+from mlxsteer.measures.effect import Steerability, steerability
+from mlxsteer.measures.nulls import null_p_value
+from mlxsteer.measures.preference import Preferences
+from mlxsteer.measures.text import TextStatistics, text_statistics
+from mlxsteer.measures.uncertainty import Interval, bootstrap, paired_difference
+from mlxsteer.model import InterpretableModel
+from mlxsteer.pairs import ContrastPair, PairSet, checked, counted
+from mlxsteer.progress import Step, reporting
+from mlxsteer.reading import as_chat
+
+MULTIPLES = (-1.0, -0.5, 0.0, 0.5, 1.0)
+"""Of the given strengths, for the dose–response."""
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """Measures of one steering.
+
+    Attributes:
+        shift: mean shift of ``log P(positive) − log P(negative)`` in nats, with its interval over pairs.
+        base: the unsteered preference of each pair, (pairs,).
+        steered: the steered preference of each pair, (pairs,).
+        curve: dose–response over multiples of the strengths.
+        divergence: KL(base ‖ steered) on the unsteered model's continuations of neutral prompts.
+        perplexity_ratio: perplexity of steered text under the unsteered model, over that of its own text.
+        own_text, steered_text: statistics of both.
+        samples: (prompt, unsteered text, steered text) of some neutral prompts.
+        nulls: mean shifts by random vectors in place of the added ones; empty where something else is done than adding.
+        p_value: of the shift against them, one-sided; NaN without nulls.
+        instruction: mean shift by the instruction in place of the steering; None if none was given.
+        over_instruction: mean of what the steering does beyond the instruction; None if none was given.
+        retention: accuracy on the two-option questions, steered over unsteered; None if none were given.
+        accuracy: both accuracies, (unsteered, steered); None if none were given.
+        record: model, interventions, data, seed, versions.
+    """
+
+    shift: Interval
+    base: np.ndarray[Any, Any]
+    steered: np.ndarray[Any, Any]
+    curve: Steerability
+    divergence: Divergence
+    perplexity_ratio: float
+    own_text: TextStatistics
+    steered_text: TextStatistics
+    samples: tuple[tuple[str, str, str], ...]
+    nulls: tuple[float, ...]
+    p_value: float
+    instruction: Interval | None
+    over_instruction: Interval | None
+    retention: float | None
+    accuracy: tuple[float, float] | None
+    record: dict[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return f"Evaluation(shift {self.shift} nats, {self.divergence}, perplexity × {self.perplexity_ratio:.2f})"
+
+    def rows(self) -> list[tuple[str, str, str]]:
+        """Every measure as (name, value, what it says)."""
+        own, text, found = self.own_text, self.steered_text, self.divergence
+        rows = [
+            ("preference, unsteered", f"{self.base.mean():+.2f}", "mean log P(positive) − log P(negative), nats"),
+            ("shift", str(self.shift), f"nats, {self.shift.level:.0%} interval over {counted(len(self.base), 'pair')}"),
+            ("slope", str(self.curve.mean_slope), "nats per multiple of the strength"),
+            ("fit", f"{self.curve.fits.mean():.2f}", "R² of the dose–response, mean over pairs"),
+            ("rank correlation", f"{self.curve.rank_correlations.mean():+.2f}", "of strength and effect, mean"),
+            ("anti-steerable", f"{self.curve.anti_steerable:.0%}", "pairs that move the wrong way"),
+        ]
+        if self.nulls:
+            rows += [
+                ("random vectors", f"{np.mean(self.nulls):+.2f}, at most {max(self.nulls):+.2f}",
+                 f"mean shifts by {len(self.nulls)} of the same length"),
+                ("p", f"{self.p_value:.3f}", "of the shift against them, one-sided"),
+            ]  # fmt: skip
+        if self.instruction is not None:
+            rows += [
+                ("instruction", str(self.instruction), "shift by the instruction in place of the steering"),
+                ("beyond it", str(self.over_instruction), "what the steering does more, pair by pair"),
+            ]
+        rows += [
+            ("KL, mean", f"{found.mean:.3g}", "KL(base ‖ steered) per token of neutral text, nats"),
+            ("KL, 95th percentile", f"{found.p95:.3g}", f"median {found.p50:.2g}, largest {found.largest:.3g}"),
+            ("perplexity ratio", f"{self.perplexity_ratio:.2f}", "steered text over unsteered, to the unsteered model"),
+            ("distinct 1, 2", f"{text.distinct_1:.2f}, {text.distinct_2:.2f}",
+             f"unsteered {own.distinct_1:.2f}, {own.distinct_2:.2f}"),
+            ("longest repeat", f"{text.longest_repeat:.1f}", f"tokens; unsteered {own.longest_repeat:.1f}"),
+            ("entropy", f"{text.entropy:.2f}", f"of a text's tokens, nats; unsteered {own.entropy:.2f}"),
+            ("length", f"{text.length:.1f}", f"tokens; unsteered {own.length:.1f}"),
+        ]  # fmt: skip
+        if self.accuracy is not None:
+            said = f"accuracy on two options {self.accuracy[1]:.0%}, unsteered {self.accuracy[0]:.0%}"
+            rows.append(("retention", f"{self.retention:.2f}", said))
+        return rows
+
+    def table(self) -> str:
+        """All measures in plain text."""
+        console = Console(width=110, no_color=True, force_terminal=False)
+        with console.capture() as capture:
+            console.print(self)
+        return capture.get().rstrip()
+
+    def __rich__(self) -> Table:
+        table = Table(title=f"{self.record.get('model', 'steering')}: {self.record.get('interventions', '')}")
+        for head in ("measure", "value", ""):
+            table.add_column(head)
+        for row in self.rows():
+            table.add_row(*row)
+        return table
+
+    def to_json(self, path: str | Path | None = None) -> str:
+        """Everything as JSON; with a path, also written there, whole or not at all."""
+        data = {
+            "shift": asdict(self.shift), "base": self.base.tolist(), "steered": self.steered.tolist(),
+            "mean_slope": asdict(self.curve.mean_slope), "anti_steerable": self.curve.anti_steerable,
+            "multiples": self.curve.strengths.tolist(), "mean_curve": self.curve.mean_curve.tolist(),
+            "divergence": asdict(self.divergence), "perplexity_ratio": self.perplexity_ratio,
+            "own_text": asdict(self.own_text), "steered_text": asdict(self.steered_text),
+            "samples": [list(sample) for sample in self.samples], "nulls": list(self.nulls),
+            "p_value": self.p_value if self.nulls else None,
+            "instruction": asdict(self.instruction) if self.instruction else None,
+            "over_instruction": asdict(self.over_instruction) if self.over_instruction else None,
+            "retention": self.retention, "accuracy": self.accuracy, "record": self.record,
+        }  # fmt: skip
+        text = json.dumps(_finite(data), indent=1)
+        if path is not None:
+            write_whole(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+        return text
+
+    def to_html(self, path: str | Path) -> Path:
+        """One page with the measures, the pictures, some texts and the record; it needs no other file.
+
+        Raises:
+            ValueError: the path doesn't end in .html.
+            ImportError: matplotlib isn't installed.
+        """
+        from mlxsteer.reports import evaluation_page
+
+        if Path(path).suffix.lower() != ".html":
+            raise ValueError(f"{path}: a report is written as .html; for a picture alone there is plot(path).")
+        page = evaluation_page(self)
+        write_whole(path, lambda temporary: Path(temporary).write_text(page, encoding="utf-8"))
+        return Path(path)
+
+    def plot(self, path: str | Path | None = None) -> Any:
+        """Dose–response, pairs, nulls and text, as one picture; a matplotlib figure.
+
+        Args:
+            path: also write it there, as PNG, PDF or SVG by suffix.
+        """
+        from mlxsteer.plots import plot_evaluation
+
+        return plot_evaluation(self, path)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity."""
+    if isinstance(value, dict):
+        return {str(k): _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value
+
+
+def evaluate(
+    model: InterpretableModel,
+    interventions: Mapping[str, Any],
+    pairs: Iterable[ContrastPair],
+    *,
+    neutral: Iterable[Any] | None = None,
+    questions: Iterable[ContrastPair] | None = None,
+    instruction: str | None = None,
+    nulls: int = 20,
+    tokens: int = 24,
+    max_tokens: int = 40,
+    chat: bool = False,
+    seed: int = 0,
+    batch_tokens: int = 4096,
+    progress: bool | Step | None = True,
+) -> Evaluation:
+    """Measure a given steering: effect with interval, nulls and baseline, and side effects.
+
+    Args:
+        model: the model.
+        interventions: a key dict, such as ``vector.at(5, 2.0)`` or ``choice.interventions``.
+        pairs: contrast pairs that nothing was chosen on; of a set with splits the ``"report"`` ones are used.
+        neutral: prompts to measure side effects on; `datasets.neutral` for the model unless given.
+        questions: two-option pairs whose positive side is the right answer, for what the steering costs in capability.
+        instruction: a sentence that asks for the behaviour, to hold the steering against: put before each prompt, or
+            as a system message before a chat.
+        nulls: random vectors of the same lengths to hold it against, where vectors are added.
+        tokens: of the unsteered model's continuation of each neutral prompt, for the KL.
+        max_tokens: of the texts that are generated from the neutral prompts, sampled at temperature 1.
+        chat: prompts are a user's messages.
+        seed: of nulls, sampling and intervals.
+        batch_tokens: the most tokens in one batch.
+        progress: True for a bar on a terminal, or a function that is called with the number of steps done and in all.
+
+    Returns:
+        An `Evaluation`.
+
+    Raises:
+        TypeError: no key dict, or no pairs.
+        ValueError: there are no pairs or prompts.
+        UnknownKey: a key names no place.
+    """
+    edits = edits_of(model, interventions)
+    given = PairSet(checked(pairs), name=getattr(pairs, "name", ""))
+    held_out = given.split("report") if given.splits else given
+    prompts = list(datasets.neutral(model) if neutral is None else neutral)
+    options: dict[str, Any] = {"at": positions_of(edits), "chat": chat, "plain": outside_blocks(edits)}
+    with reporting(progress, "evaluating") as step:
+        step(0, 5)
+        preferences = Preferences(model, held_out, batch_tokens=batch_tokens, **options)
+        doses = {0.0: preferences.base}
+        for multiple in MULTIPLES:
+            if multiple:
+                doses[multiple] = preferences.under(edits_of(model, interventions, multiple))
+        curve = steerability(np.stack([doses[m] for m in MULTIPLES]), list(MULTIPLES), seed=seed)
+        steered = doses[1.0]
+        step(1, 5)
+        drawn = _nulls(model, interventions, preferences, nulls, seed)
+        step(2, 5)
+        reference = Reference(model, prompts, tokens=tokens, batch_tokens=batch_tokens, **options)
+        divergence = Divergence.of(reference.per_token(edits))
+        step(3, 5)
+        own, text = _texts(model, interventions, prompts, max_tokens, chat, seed)
+        ratio = perplexity(model, text, batch_tokens) / perplexity(model, own, batch_tokens)
+        step(4, 5)
+        told = _instructed(model, held_out, instruction, chat, batch_tokens) if instruction else None
+        accuracy = None
+        if questions is not None:
+            asked = Preferences(model, questions, batch_tokens=batch_tokens, **options)
+            accuracy = float((asked.base > 0).mean()), float((asked.under(edits) > 0).mean())
+        step(5, 5)
+    shift = bootstrap(steered - preferences.base, seed=seed)
+    return Evaluation(
+        shift=shift,
+        base=preferences.base,
+        steered=steered,
+        curve=curve,
+        divergence=divergence,
+        perplexity_ratio=ratio,
+        own_text=text_statistics([one.tokens for one in own]),
+        steered_text=text_statistics([one.tokens for one in text]),
+        samples=tuple((_said(model, p), str(a), str(b)) for p, a, b in zip(prompts[:4], own, text, strict=False)),
+        nulls=tuple(drawn),
+        p_value=null_p_value(shift.value, drawn) if drawn else float("nan"),
+        instruction=None if told is None else bootstrap(told - preferences.base, seed=seed),
+        over_instruction=None if told is None else paired_difference(steered, told, seed=seed),
+        retention=None if accuracy is None or not accuracy[0] else accuracy[1] / accuracy[0],
+        accuracy=accuracy,
+        record={
+            **model.identity,
+            "interventions": ", ".join(f"{site.key}: {edit!r}" for site, edit in edits),
+            "pairs": len(held_out),
+            "data": given.fingerprint,
+            "neutral_prompts": len(prompts),
+            "neutral": hashlib.sha256(repr(prompts).encode()).hexdigest()[:16],
+            "instruction": instruction,
+            "tokens": tokens,
+            "max_tokens": max_tokens,
+            "seed": seed,
+            "mlxsteer": version("mlxsteer"),
+            "mlx": version("mlx"),
+            "mlx_lm": version("mlx-lm"),
+        },
+    )
+
+
+def _said(model: InterpretableModel, prompt: Any) -> str:
+    if isinstance(prompt, str):
+        return prompt
+    if isinstance(prompt, (list, tuple)) and prompt and isinstance(prompt[0], Mapping):
+        return str(prompt[-1].get("content", ""))
+    return str(model._needed_tokenizer("a report").decode(list(prompt)))
+
+
+def _texts(
+    model: InterpretableModel, interventions: Mapping[str, Any], prompts: list[Any], max_tokens: int, chat: bool,
+    seed: int,
+) -> tuple[list[Generation], list[Generation]]:  # fmt: skip
+    """Unsteered and steered text of the same prompts, sampled with the same seed."""
+    asked = [[{"role": "user", "content": p}] if chat and isinstance(p, str) else p for p in prompts]
+    options: dict[str, Any] = {"max_tokens": max_tokens, "temp": 1.0, "seed": seed}
+    return model.generate(asked, **options), model.generate(asked, interventions, **options)
+
+
+def _nulls(
+    model: InterpretableModel, interventions: Mapping[str, Any], preferences: Preferences, draws: int, seed: int
+) -> list[float]:
+    """Mean shifts by random vectors of the same lengths; none where anything else than a vector is added."""
+    edits = edits_of(model, interventions)
+    if not all(isinstance(edit, AddVector) for _, edit in edits):
+        return []
+    found = []
+    for draw in range(draws):
+        rng = np.random.default_rng([seed, draw])
+        drawn = []
+        for site, edit in edits:
+            assert isinstance(edit, AddVector)
+            random = rng.standard_normal(edit.vector.shape)
+            length = np.linalg.norm(np.array(edit.vector.astype(mx.float32)), axis=-1, keepdims=True)
+            random *= length / np.linalg.norm(random, axis=-1, keepdims=True)
+            drawn.append((site, replace(edit, vector=mx.array(random.astype(np.float32)))))
+        found.append(float((preferences.under(drawn) - preferences.base).mean()))
+    return found
+
+
+def _instructed(
+    model: InterpretableModel, pairs: Iterable[ContrastPair], instruction: str, chat: bool, batch_tokens: int
+) -> np.ndarray[Any, Any]:
+    """The preferences of the pairs with the instruction before each prompt, unsteered."""
+    asked = []
+    for pair in (as_chat(pair) if chat else pair for pair in pairs):
+        if pair.messages:
+            told = replace(pair, messages=({"role": "system", "content": instruction}, *pair.messages))
+        elif pair.chat:
+            messages = ({"role": "system", "content": instruction}, {"role": "user", "content": pair.prompt})
+            told = replace(pair, prompt="", chat=False, messages=messages)
+        else:
+            told = replace(pair, prompt=f"{instruction} {pair.prompt}".rstrip() if pair.prompt else instruction)
+        asked.append(told)
+    return Preferences(model, asked, batch_tokens=batch_tokens).base
