@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+POCKET_OUT ?= training/run/package
 
-.PHONY: demo test lint types check bench clean
+.PHONY: demo test lint types check bench pocket clean
 
 demo: $(READY)  ## find a steering vector on the bundled model and watch it work
 	$(BIN)/mlxsteer demo
@@ -23,6 +24,10 @@ check: lint types test
 
 bench: $(READY)  ## cost of reading and steering, as ratios to bare mlx-lm
 	$(BIN)/python benchmarks/overhead.py
+
+pocket: $(READY)  ## train the bundled model anew (hours on a CPU); POCKET_OUT=mlxsteer replaces the one in the package
+	$(BIN)/python -m pip install -qq -r training/requirements.txt
+	$(BIN)/python -m training --package $(POCKET_OUT)
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)

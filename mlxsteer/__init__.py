@@ -4,12 +4,15 @@ from mlxsteer import datasets, directions, interventions, measures
 from mlxsteer.evaluation import Evaluation, evaluate
 from mlxsteer.extraction import estimate, extract, separation
 from mlxsteer.generation import Generation, NothingTouched
+from mlxsteer.generation_sweep import GenerationSweep, generation_sweep
 from mlxsteer.model import ContextLengthWarning, InterpretableModel
 from mlxsteer.pair_checks import Check
 from mlxsteer.pairs import ContrastPair, PairSet
 from mlxsteer.plans import NeverFired
 from mlxsteer.positions import PositionError, after
 from mlxsteer.reading import activations, mean_activations
+from mlxsteer.recommended import Recommendation, recommended
+from mlxsteer.refusal import RefusalDirection, select_refusal_direction
 from mlxsteer.selection import Choice, select
 from mlxsteer.sites import UnknownKey, UnsupportedModel
 from mlxsteer.steering import SteeredCacheError
@@ -25,12 +28,15 @@ __all__ = [
     "ContrastPair",
     "Evaluation",
     "Generation",
+    "GenerationSweep",
     "InterpretableModel",
     "LostWrite",
     "NeverFired",
     "NothingTouched",
     "PairSet",
     "PositionError",
+    "Recommendation",
+    "RefusalDirection",
     "SteeredCacheError",
     "SteeringVector",
     "Strength",
@@ -46,10 +52,13 @@ __all__ = [
     "estimate",
     "evaluate",
     "extract",
+    "generation_sweep",
     "interventions",
     "mean_activations",
     "measures",
+    "recommended",
     "select",
+    "select_refusal_direction",
     "separation",
     "strength_for",
     "sweep",

@@ -63,6 +63,7 @@ class Continuation:
         # Steerings around this must see every block and every token, and edited models are steered throughout.
         self.plain = plain or bool(surrounding(model.model) or residents(model.model))
         self.replays = self.sites.family.replay and not plain
+        self.inside = not plain
         self.block_tokens = 0  # tokens of all rows, padding included, times blocks that ran on them
         self.start = 0
         if self.replays and not self.plain and model._sites.family.batch:
@@ -101,7 +102,11 @@ class Continuation:
                 An intervention is for a batch of `copies` times the texts, one whole copy after the other.
             copies: how many.
             score: logits → scores.
+
+        Raises:
+            ValueError: an edit lies outside the blocks, or touches a token that ran once, before any edit.
         """
+        self._check(edits)
         later, replay = list(edits), {}
         layers = [site.layer for site, _ in edits if site.layer is not None]
         if self.replays and layers:
@@ -126,6 +131,17 @@ class Continuation:
             return mx.sum(mx.exp(base) * (base - moved), axis=-1)
 
         return self.edited(edits, copies, score)
+
+    def _check(self, edits: Sequence[tuple[Site, Intervention]]) -> None:
+        for site, intervention in edits:
+            if self.inside and site.layer is None:
+                raise ValueError(f"{site.key} lies before the blocks or behind them, and this pass is not plain=True.")
+            for part in intervention.parts() if self.start else ():
+                if self._tokens(1, None, 0, self.start).touched(part.at) is not False:
+                    raise ValueError(
+                        f"{site.key}: at={part.at.written()!r} touches tokens before those that this pass says are "
+                        "edited; say all of them with at=."
+                    )
 
     # -- forwards --------------------------------------------------------------------------------------------------
 

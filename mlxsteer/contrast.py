@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from mlxsteer.directions import Method
 from mlxsteer.model import InterpretableModel
-from mlxsteer.pairs import ContrastPair, checked, in_split
-from mlxsteer.reading import Text, as_chat, encode_side, encode_text
+from mlxsteer.pairs import ContrastPair, checked, hint, in_split
+from mlxsteer.reading import Read, Text, as_chat, check_completions, encode_side, encode_texts
 from mlxsteer.sites import Site, UnknownKey
 
 SITES = {"residual": "layers.{layer}", "attn": "layers.{layer}.attn", "mlp": "layers.{layer}.mlp"}
@@ -34,8 +36,10 @@ class Contrast:
         return hashlib.sha256(repr((told, self.partners is not None)).encode()).hexdigest()[:16]
 
 
-def of_pairs(model: InterpretableModel, pairs: Iterable[ContrastPair], chat: bool) -> Contrast:
-    chosen = in_split(checked(pairs), "train")
+def of_pairs(model: InterpretableModel, pairs: Iterable[ContrastPair], chat: bool, read: Read) -> Contrast:
+    given = checked(pairs)
+    chosen = in_split(given, "train")
+    check_completions(read, given, chosen)
     if chat:
         chosen = [as_chat(pair) for pair in chosen]
     encoded = [tuple(Text(*encode_side(model, pair, side)) for side in ("positive", "negative")) for pair in chosen]
@@ -48,45 +52,65 @@ def of_pairs(model: InterpretableModel, pairs: Iterable[ContrastPair], chat: boo
     return Contrast(texts, len(encoded), [(i, i + len(encoded)) for i in range(len(encoded))])
 
 
-def _of_sides(model: InterpretableModel, positive: Iterable[Any], negative: Iterable[Any], chat: bool) -> Contrast:
-    sides = []
-    for name, given in (("positive", positive), ("negative", negative)):
-        if isinstance(given, (str, Mapping)):
-            raise TypeError(f"{name}= is a list of texts, not one {type(given).__name__}.")
-        texts = [encode_text(model, text, chat=chat) for text in given]
-        if not texts:
-            raise ValueError(f"{name}= is empty: give at least one text.")
-        sides.append(sorted(texts, key=lambda text: text.tokens))
+def _of_sides(positive: list[Text], negative: list[Text]) -> Contrast:
+    sides = [sorted(texts, key=lambda text: text.tokens) for texts in (positive, negative)]
     return Contrast([*sides[0], *sides[1]], len(sides[0]), None)
 
 
 def contrast(
-    model: InterpretableModel, pairs: Any, positive: Any, negative: Any, texts: Any, labels: Any, chat: bool
+    model: InterpretableModel,
+    method: Method,
+    pairs: Any,
+    positive: Any,
+    negative: Any,
+    texts: Any,
+    labels: Any,
+    chat: bool,
+    read: Read,
 ) -> Contrast:
-    """The two sides, from whichever of the three ways they were given in.
+    """The two sides, from whichever of the three ways they were given in; one, where the method needs no other.
 
     Raises:
-        TypeError: none or several of the ways, or half of one.
+        TypeError: none or several of the ways, half of one, or no texts.
+        ValueError: a side is empty, or nothing can be read of it.
     """
     ways = [pairs is not None, positive is not None or negative is not None, texts is not None or labels is not None]
     if sum(ways) != 1:
         raise TypeError("extract takes pairs, or positive= and negative=, or texts= and labels=: one of the three.")
     if ways[0]:
-        return of_pairs(model, pairs, chat)
+        return of_pairs(model, pairs, chat, read)
     if ways[1]:
-        if positive is None or negative is None:
-            raise TypeError("extract takes positive= and negative= together; a background set is background=.")
-        return _of_sides(model, positive, negative, chat)
+        if positive is None:
+            raise TypeError("extract takes positive= and negative= together.")
+        if negative is None and method.negative:
+            raise TypeError(
+                f"extract takes positive= and negative= together: {method.name} needs a negative side; "
+                "method='mean_centred' takes a background set in its place."
+            )
+        first = encode_texts(model, positive, "positive=", chat=chat)
+        return _of_sides(first, [] if negative is None else encode_texts(model, negative, "negative=", chat=chat))
     if texts is None or labels is None:
         raise TypeError("extract takes texts= and labels= together.")
-    given, marks = list(texts), list(labels)
+    given = encode_texts(model, texts, "texts=", chat=chat)
+    marks = list(labels) if isinstance(labels, Iterable) else [labels]
     if len(given) != len(marks):
         raise ValueError(f"there are {len(given)} texts and {len(marks)} labels.")
     odd = [mark for mark in marks if not isinstance(mark, (bool, np.bool_)) and mark not in (0, 1)]
     if odd:
         raise ValueError(f"a label is True or 1 for the positive side, False or 0 for the negative, not {odd[0]!r}.")
+    for side, values in (("positive", "True or 1"), ("negative", "False or 0")):
+        if not any(bool(mark) is (side == "positive") for mark in marks):
+            raise ValueError(f"no label is {values}: there is no text on the {side} side.")
     first, second = ([t for t, mark in zip(given, marks, strict=True) if bool(mark) is side] for side in (True, False))
-    return _of_sides(model, first, second, chat)
+    return _of_sides(first, second)
+
+
+def _meant(layers: Any) -> list[int]:
+    """The list that a text of layers stands for, such as ``"4-6"``; an example where it stands for none."""
+    numbers = [int(n) for n in re.findall(r"\d{1,4}", layers)] if isinstance(layers, str) else []
+    if len(numbers) == 2 and re.search(r"\d\s*(-|:|\.\.)\s*\d", layers) and 0 <= numbers[1] - numbers[0] < 10:
+        return list(range(numbers[0], numbers[1] + 1))
+    return numbers[:10] or [4, 5, 6]
 
 
 def places(model: InterpretableModel, site: str, layers: Any) -> tuple[str, list[int], list[Site]]:
@@ -96,21 +120,22 @@ def places(model: InterpretableModel, site: str, layers: Any) -> tuple[str, list
         ValueError: the template has no ``{layer}``, or a layer doesn't exist.
         UnknownKey: a place doesn't exist.
     """
-    template = SITES.get(site, site)
-    if "{layer}" not in template:
+    template = SITES.get(site, site) if isinstance(site, str) else ""
+    if set(re.findall(r"\{[^{}]*\}|[{}]", template)) != {"{layer}"}:
         raise ValueError(
             f"site is 'residual', 'attn', 'mlp' or a key with {{layer}} in it, such as "
-            f"'layers.{{layer}}.mlp.down_proj', not {site!r}."
+            f"'layers.{{layer}}.mlp.down_proj', not {site!r}.{hint(site, SITES)}"
         )
     count = len(model.layers)
-    if isinstance(layers, str):
-        if layers != "all":
-            raise ValueError(f"layers are 'all', a layer, or a list of layers, not {layers!r}.")
+    if isinstance(layers, str) and layers == "all":
         chosen = list(range(count))
     else:
-        given = [layers] if isinstance(layers, (int, np.integer)) else list(layers)
+        several = isinstance(layers, Iterable) and not isinstance(layers, (str, Mapping))
+        given = list(layers) if several else [layers]
         if not given or any(not isinstance(n, (int, np.integer)) or isinstance(n, bool) for n in given):
-            raise ValueError(f"layers are 'all', a layer, or a list of layers, not {layers!r}.")
+            raise ValueError(
+                f"layers are 'all', a layer, or a list of layers such as {_meant(layers)}, not {layers!r}."
+            )
         chosen = sorted({int(n) + count * (n < 0) for n in given})
         if chosen[0] < 0 or chosen[-1] >= count:
             raise ValueError(f"there is no layer {max(given, key=abs)}: the model has {count}, from 0 to {count - 1}.")

@@ -7,13 +7,14 @@ of every method move the mean of one side to the mean of the other along its own
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import numpy as np
+
+from mlxsteer.pairs import nearest
 
 Array: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
 
@@ -24,7 +25,7 @@ class Readings:
 
     Attributes:
         difference: μ₊ − μ₋, (layers, D); with matched sides the mean of the pairs' differences.
-        means: μ₊ and μ₋, (2, layers, D).
+        means: μ₊ and μ₋, (2, layers, D). Without a negative side, the background's mean stands in for it.
         positive: the positive side's rows, (n, layers, D); None where the method didn't ask for rows.
         negative: the negative side's, likewise; matched sides have equal n, and row i of both is pair i.
         background: mean over the background set, (layers, D); None where there is none.
@@ -65,6 +66,7 @@ class Method:
         rows: whether it needs every row, and not only means.
         matched: whether the sides must come in pairs.
         background: whether it needs a background set.
+        negative: whether it needs a negative side.
     """
 
     name: str
@@ -72,15 +74,20 @@ class Method:
     rows: bool = True
     matched: bool = False
     background: bool = False
+    negative: bool = True
 
 
 _METHODS: dict[str, Method] = {}
-SINGLE = "single"
-"""Activation addition, position by position: the one method that isn't a function of `Readings`."""
+_ELSEWHERE = {
+    "caa": "mean_difference", "diffmean": "mean_difference", "difference_in_means": "mean_difference",
+    "dim": "mean_difference", "actadd": "single", "activation_addition": "single", "repe": "pca_difference",
+    "lda": "whitened", "logistic": "probe", "logistic_regression": "probe",
+}  # fmt: skip
+"""What other projects and papers call a method of ours."""
 
 
 def register(
-    name: str, *, rows: bool = True, matched: bool = False, background: bool = False
+    name: str, *, rows: bool = True, matched: bool = False, background: bool = False, negative: bool = True
 ) -> Callable[[Compute], Compute]:
     """Enter a method under a name, for ``extract(..., method=name)``.
 
@@ -89,15 +96,19 @@ def register(
         rows: it needs every row; where it doesn't, memory stays flat however many pairs there are.
         matched: it needs sides that come in pairs.
         background: it needs ``background=``.
+        negative: it needs a negative side; where it doesn't, ``positive=`` may come alone with ``background=``.
 
     Raises:
+        TypeError: the name is no text, or an empty one.
         ValueError: the name is taken.
     """
-    if name in _METHODS or name == SINGLE:
+    if not isinstance(name, str) or not name:
+        raise TypeError("a method is registered by a name: @register('name').")
+    if name in _METHODS:
         raise ValueError(f"there is a method called {name!r} already.")
 
     def enter(compute: Compute) -> Compute:
-        _METHODS[name] = Method(name, compute, rows, matched, background)
+        _METHODS[name] = Method(name, compute, rows, matched, background, negative)
         return compute
 
     return enter
@@ -105,7 +116,7 @@ def register(
 
 def available() -> list[str]:
     """The names of the methods."""
-    return sorted([*_METHODS, SINGLE])
+    return sorted(_METHODS)
 
 
 def describe(name: str) -> str:
@@ -114,8 +125,6 @@ def describe(name: str) -> str:
     Raises:
         ValueError: there is no such method.
     """
-    if name == SINGLE:
-        return _SINGLE_TEXT
     return inspect.getdoc(find(name).compute) or f"{name}: its author didn't describe it."
 
 
@@ -130,20 +139,15 @@ def find(method: str | Compute) -> Method:
         inner = getattr(method, "func", method)  # a functools.partial of a method goes by the method's name
         for known in _METHODS.values():
             if known.compute is inner:
-                return Method(known.name, method, known.rows, known.matched, known.background)
+                return replace(known, compute=method)
         return Method(getattr(inner, "__name__", type(method).__name__), method)
     if not isinstance(method, str):
         raise TypeError(f"a method is a name or a callable, not {method!r}.")
     if method not in _METHODS:
-        near = difflib.get_close_matches(method, available(), n=3) or available()
-        raise ValueError(f"no method is called {method!r}. Nearest: {', '.join(near)}.")
+        here = _ELSEWHERE.get(method.casefold())
+        hint = f"It is {here} here." if here else nearest(method, available(), "directions.available()")
+        raise ValueError(f"no method is called {method!r}. {hint}")
     return _METHODS[method]
-
-
-_SINGLE_TEXT = """Activation addition: of one pair of texts, ``v_p = h_p(positive) − h_p(negative)`` at each position p.
-
-The shorter text is padded with spaces at its end; the vector is added position by position at the front of a prompt.
-Turner et al. 2023, arXiv 2308.10248."""
 
 
 # -- from lines to vectors -----------------------------------------------------------------------------------------
@@ -174,9 +178,9 @@ def mean_difference(readings: Readings) -> Array:
     return readings.difference
 
 
-@register("mean_centred", rows=False, background=True)
+@register("mean_centred", rows=False, background=True, negative=False)
 def mean_centred(readings: Readings) -> Array:
-    """Mean-centring: ``v = μ₊ − μ_background``; the negative side isn't used.
+    """Mean-centring: ``v = μ₊ − μ_background``; the negative side isn't used, and need not be given.
 
     For a behaviour that has no opposite. Jorgensen et al. 2023, arXiv 2312.03813.
     """
@@ -275,3 +279,16 @@ def whitened(readings: Readings, shrinkage: float = 0.1) -> Array:
         d = readings.difference[layer]
         lines[layer] = (d - (1 - shrinkage) * x.T @ np.linalg.solve(inner, x @ d)) / ridge
     return along(readings.difference, lines)
+
+
+@register("single", rows=False, matched=True)
+def single(readings: Readings) -> Array:
+    """Activation addition: of one pair of texts, ``v_p = h_p(positive) − h_p(negative)`` at each position p.
+
+    The shorter text is padded with spaces at its end; the vector is added position by position at the front of a
+    prompt. The one method that isn't a function of `Readings`. Turner et al. 2023, arXiv 2308.10248.
+
+    Raises:
+        TypeError: always; `extract` reads the positions.
+    """
+    raise TypeError("single reads every position of one pair: extract(model, [pair], method='single').")

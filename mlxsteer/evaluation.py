@@ -23,6 +23,7 @@ from mlxsteer.measures.divergence import (
     Divergence,
     Reference,
     edits_of,
+    listed,
     outside_blocks,
     perplexity,
     positions_of,
@@ -58,7 +59,8 @@ class Evaluation:
         p_value: of the shift against them, one-sided; NaN without nulls.
         instruction: mean shift by the instruction in place of the steering; None if none was given.
         over_instruction: mean of what the steering does beyond the instruction; None if none was given.
-        retention: accuracy on the two-option questions, steered over unsteered; None if none were given.
+        retention: accuracy on the two-option questions, steered over unsteered; None if none were given, or the
+            unsteered model answers none of them.
         accuracy: both accuracies, (unsteered, steered); None if none were given.
         record: model, interventions, data, seed, versions.
     """
@@ -117,7 +119,7 @@ class Evaluation:
         ]  # fmt: skip
         if self.accuracy is not None:
             said = f"accuracy on two options {self.accuracy[1]:.0%}, unsteered {self.accuracy[0]:.0%}"
-            rows.append(("retention", f"{self.retention:.2f}", said))
+            rows.append(("retention", "" if self.retention is None else f"{self.retention:.2f}", said))
         return rows
 
     def table(self) -> str:
@@ -234,7 +236,9 @@ def evaluate(
     edits = edits_of(model, interventions)
     given = PairSet(checked(pairs), name=getattr(pairs, "name", ""))
     held_out = given.split("report") if given.splits else given
-    prompts = list(datasets.neutral(model) if neutral is None else neutral)
+    if len(held_out) < 2:
+        raise ValueError("an interval needs 2 pairs or more, and there is 1 to report on.")
+    prompts = listed(datasets.neutral(model) if neutral is None else neutral)
     options: dict[str, Any] = {"at": positions_of(edits), "chat": chat, "plain": outside_blocks(edits)}
     with reporting(progress, "evaluating") as step:
         step(0, 5)

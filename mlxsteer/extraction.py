@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from importlib.metadata import version
-from typing import Any
+from typing import Any, TypeAlias
 
 import mlx.core as mx
 import numpy as np
 
 from mlxsteer import directions
-from mlxsteer.budget import Estimate, check_memory, estimated
-from mlxsteer.contrast import Contrast, contrast, of_pairs, places
-from mlxsteer.directions import SINGLE, Compute, Method
+from mlxsteer.budget import Estimate, check_limit, check_memory, estimated
+from mlxsteer.contrast import Contrast, contrast, places
+from mlxsteer.directions import Compute, Method, single
 from mlxsteer.model import InterpretableModel
 from mlxsteer.moments import Moments
-from mlxsteer.pairs import ContrastPair, checked
+from mlxsteer.pairs import ContrastPair, check_seed, check_switch, checked
 from mlxsteer.progress import Step, reporting
 from mlxsteer.reading import (
     Batch,
@@ -25,9 +26,13 @@ from mlxsteer.reading import (
     Text,
     as_chat,
     bos_of,
+    check_budget,
+    check_completions,
+    check_model,
+    check_progress,
     check_read,
     encode_side,
-    encode_text,
+    encode_texts,
     pair_batches,
     reading,
     single_batches,
@@ -66,6 +71,7 @@ def extract(
         model: the model.
         pairs: contrast pairs; where they have splits, the ``"train"`` ones are used.
         positive, negative: in place of pairs, two lists of texts (or token ids, or chats) that don't come in pairs.
+            ``"mean_centred"`` needs no negative one.
         texts, labels: in place of pairs, texts with True or 1 for the positive side, False or 0 for the negative.
         background: a set of texts, for ``"mean_centred"``.
         method: one of `directions.available()`, or a callable `directions.Readings` → (layers, D).
@@ -73,9 +79,10 @@ def extract(
         site: ``"residual"``, ``"attn"``, ``"mlp"``, or a key with ``{layer}`` in it.
         read: which token of each text: ``"last"``; ``"first"`` or ``"mean"`` of the completion; ``"all"`` (the mean
             over every token but BOS); an index (-2 for the letter in ``" (A)"``); or a callable from token ids to one
-            index or several.
+            index or several. ``"single"`` reads every position, and takes no other.
         chat: prompts are a user's messages, also in pairs that don't say so.
-        batch_tokens: the most tokens in one batch, padding included.
+        batch_tokens: the most tokens in one batch, padding included. A batch holds at least one pair, or one text of
+            those that don't come in pairs, whatever the budget; ``"single"`` is one batch.
         memory: the most bytes to take; all that is free unless told.
         seed: for methods that draw at random, and for the halvings of the reliability.
         progress: True for a bar on a terminal, or a function that is called with the number of texts done and in all.
@@ -86,58 +93,26 @@ def extract(
         split-half `reliability`.
 
     Raises:
-        TypeError: the texts come in no way that is known.
-        ValueError: no such method or layer; nothing to read in a text; a method that needs pairs or a background set.
+        TypeError: no model; the texts come in no way that is known; a switch is neither True nor False.
+        ValueError: no such method or layer; nothing to read in a text; a method that needs pairs or a background set;
+            the direction is zero at every layer, because both sides read the same.
         UnknownKey: no such place.
         MemoryError: a batch would not fit; the message says which `batch_tokens` does.
     """
-    check_read(read)
-    template, numbers, sites = places(model, site, layers)
-    if method == SINGLE:
-        return _single(model, pairs, template, numbers, sites, chat)
-    chosen = directions.find(method)
-    _installed(chosen)
-    sides = contrast(model, pairs, positive, negative, texts, labels, chat)
-    if chosen.matched and sides.partners is None:
-        raise ValueError(
-            f"{chosen.name} needs matched pairs; for two sets of texts take 'mean_difference' or 'pca_centre'."
-        )
-    if chosen.background != (background is not None):
-        need = "needs a background set: background=[...]" if chosen.background else "takes no background set"
-        raise ValueError(f"{chosen.name} {need}.")
-    others = [] if background is None else [encode_text(model, text, chat=chat) for text in background]
-    if background is not None and not others:
-        raise ValueError("background= is empty: give at least one text.")
-    bos = bos_of(model)
-    weights = [reading(read, text, bos) for text in sides.texts]
-    # A background text is all prompt: what is read of a completion is read of the whole text there.
-    behind = [reading({"mean": "all", "first": "all"}.get(read, read) if isinstance(read, str) else read, text, bos)
-              for text in others]  # fmt: skip
-    batches = _plan(sides, weights, batch_tokens)
-    check_memory(estimated(model, sides, batches, sites, chosen, batch_tokens, memory), batch_tokens, memory)
-    reader = Reader(model, sites, norms=True)
-    sums = Moments(sides, rows=chosen.rows, seed=seed)
-    total, done = len(sides.texts) + len(others), 0
+    check_progress(progress)
+    run, found = _planned(
+        model, pairs, positive, negative, texts, labels, background, method, layers, site, read, chat, batch_tokens,
+        memory, seed,
+    )  # fmt: skip
+    _installed(run.method)
+    check_memory(found, run.method, batch_tokens, memory)
     with reporting(progress, "reading") as step:
-        for batch in batches:
-            sums.add(batch, *reader(sides.texts, weights, batch))
-            done += len(batch.texts)
-            step(done, total)
-        mean = _mean(Reader(model, sites), others, behind, batch_tokens, lambda n: step(done + n, total))
-    readings = sums.readings(mean, seed)
-    found = np.asarray(chosen.compute(readings), np.float64)
-    if found.shape != readings.difference.shape:
-        raise ValueError(f"{chosen.name} gave shape {found.shape}; directions are {readings.difference.shape}.")
-    norms = sums.median_norms()
-    info = _info(model, sides, chosen.name, read, layers=len(model.layers), width=found.shape[-1])
-    for name, values in (("agreement", sums.agreement()), ("reliability", sums.reliability())):
-        if values is not None:
-            info[name] = {str(layer): round(float(value), 6) for layer, value in zip(numbers, values, strict=True)}
+        rows, norms, measured = (_by_position if run.method.compute is single else _by_side)(model, run, seed, step)
     return SteeringVector(
-        {layer: mx.array(row.astype(np.float32)) for layer, row in zip(numbers, found, strict=True)},
-        site=template,
-        residual_norms={layer: float(norm) for layer, norm in zip(numbers, norms, strict=True)},
-        info=info,
+        dict(zip(run.layers, rows, strict=True)),
+        site=run.site,
+        residual_norms={layer: float(norm) for layer, norm in zip(run.layers, norms, strict=True)},
+        info=_info(model, run, read, chat, rows.shape[-1]) | measured,
     )
 
 
@@ -147,6 +122,9 @@ def estimate(
     *,
     positive: Iterable[Any] | None = None,
     negative: Iterable[Any] | None = None,
+    texts: Iterable[Any] | None = None,
+    labels: Iterable[bool | int] | None = None,
+    background: Iterable[Any] | None = None,
     method: str | Compute = "mean_difference",
     layers: str | int | Sequence[int] = "all",
     site: str = "residual",
@@ -154,79 +132,192 @@ def estimate(
     chat: bool = False,
     batch_tokens: int = 4096,
     memory: int | None = None,
+    seed: int = 0,
 ) -> Estimate:
-    """What `extract` with the same arguments would take, without running the model."""
+    """What `extract` with the same arguments would take, without running the model; it refuses what `extract` does.
+
+    Returns:
+        An `Estimate`: texts, tokens, batches, bytes, and the `largest_budget`, which is the largest `batch_tokens` that
+        the free memory (or `memory`) has room for.
+    """
+    return _planned(
+        model, pairs, positive, negative, texts, labels, background, method, layers, site, read, chat, batch_tokens,
+        memory, seed,
+    )[1]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Run:
+    """All that an extraction runs, before it does.
+
+    Attributes:
+        method: the method.
+        site, layers, places: the key template, the layers, and their places.
+        sides: what is contrasted.
+        texts: the texts of both sides, then those of the background.
+        weights: how much each token of each text counts.
+        batches: the batches of the sides.
+        behind: the batches of the background.
+    """
+
+    method: Method
+    site: str
+    layers: list[int]
+    places: list[Site]
+    sides: Contrast
+    texts: list[Text]
+    weights: list[np.ndarray[Any, Any]]
+    batches: list[Batch]
+    behind: list[Batch]
+
+    @property
+    def background(self) -> int:
+        """Number of texts of the background."""
+        return len(self.texts) - len(self.sides.texts)
+
+
+def _planned(
+    model: InterpretableModel,
+    pairs: Any,
+    positive: Any,
+    negative: Any,
+    texts: Any,
+    labels: Any,
+    background: Any,
+    method: str | Compute,
+    layers: Any,
+    site: str,
+    read: Read,
+    chat: bool,
+    batch_tokens: int,
+    memory: int | None,
+    seed: int,
+) -> tuple[_Run, Estimate]:
+    """What an extraction runs and takes; whatever is wrong is refused here, before any compute."""
+    check_model(model)
     check_read(read)
-    _, _, sites = places(model, site, layers)
-    sides = contrast(model, pairs, positive, negative, None, None, chat)
+    check_switch("chat", chat)
+    check_budget(batch_tokens)
+    check_limit(memory)
+    check_seed(seed)
+    template, numbers, sites = places(model, site, layers)
+    chosen = directions.find(method)
+    if chosen.compute is single:
+        pairs = _one_pair(pairs, read)
+    sides = contrast(model, chosen, pairs, positive, negative, texts, labels, chat, read)
+    if chosen.matched and sides.partners is None:
+        raise ValueError(
+            f"{chosen.name} needs matched pairs; for two sets of texts take 'mean_difference' or 'pca_centre'."
+        )
+    if chosen.background != (background is not None):
+        need = "needs a background set: background=[...]" if chosen.background else "takes no background set"
+        raise ValueError(f"{chosen.name} {need}.")
+    if chosen.compute is single:
+        whole, batch = _padded(model, sides.texts), Batch([0, 1])
+        run = _Run(chosen, template, numbers, sites, sides, whole, [], [batch], [])
+        return run, estimated(model, whole, [batch], sites, chosen, 2, memory)
     bos = bos_of(model)
-    batches = _plan(sides, [reading(read, text, bos) for text in sides.texts], batch_tokens)
-    return estimated(model, sides, batches, sites, directions.find(method), batch_tokens, memory)
+    weights = [reading(read, text, bos) for text in sides.texts]
+    if chosen.negative and _read_the_same(sides, weights):
+        raise ValueError(
+            f"both sides of every pair read the same: read={_said(read)!r} lies in what they share; read='last' lies "
+            "behind it."
+        )
+    batches = _batches(sides, weights, batch_tokens)
+    others = [] if background is None else encode_texts(model, background, "background=", chat=chat)
+    # A background text is all prompt: what is read of a completion is read of the whole text there.
+    whole_text = {"mean": "all", "first": "all"}.get(read, read) if isinstance(read, str) else read
+    weights += [reading(whole_text, text, bos) for text in others]
+    first = len(sides.texts)
+    behind = [
+        Batch([first + row for row in rows])
+        for rows in single_batches([len(text.tokens) for text in others], batch_tokens)
+    ]
+    run = _Run(chosen, template, numbers, sites, sides, [*sides.texts, *others], weights, batches, behind)
+    return run, estimated(model, run.texts, [*batches, *behind], sites, chosen, first, memory)
 
 
-def _plan(sides: Contrast, weights: Sequence[np.ndarray[Any, Any]], batch_tokens: int) -> list[Batch]:
-    if isinstance(batch_tokens, bool) or not isinstance(batch_tokens, (int, np.integer)) or batch_tokens < 1:
-        raise ValueError(f"batch_tokens is a number of tokens from 1 on, not {batch_tokens!r}.")
+def _one_pair(pairs: Any, read: Read) -> list[ContrastPair]:
+    """The one pair of activation addition, whatever split it is in."""
+    if pairs is None:
+        raise TypeError("method='single' takes one contrast pair: extract(model, [pair], method='single').")
+    if read != "last":
+        raise ValueError("single reads every position: leave read= out.")
+    given = checked(pairs)
+    if len(given) != 1:
+        raise ValueError(f"method='single' is made of one pair, and these are {len(given)}.")
+    return [replace(given[0], split=None)]
+
+
+def _padded(model: InterpretableModel, texts: Sequence[Text]) -> list[Text]:
+    """Texts with spaces behind the shorter ones."""
+    space, length = model.encode(" ")[-1], max(len(text.tokens) for text in texts)
+    return [Text([*text.tokens, *[space] * (length - len(text.tokens))], length) for text in texts]
+
+
+def _read_the_same(sides: Contrast, weights: Sequence[np.ndarray[Any, Any]]) -> bool:
+    """Whether in every pair what is read, and all text up to there, is the same on both sides."""
+    if sides.partners is None:
+        return False
+    for a, b in sides.partners:
+        end = max(int(np.flatnonzero(weights[side])[-1]) for side in (a, b)) + 1
+        alike = sides.texts[a].tokens[:end] == sides.texts[b].tokens[:end]
+        if not alike or not np.array_equal(weights[a][:end], weights[b][:end]):
+            return False
+    return True
+
+
+def _batches(sides: Contrast, weights: Sequence[np.ndarray[Any, Any]], batch_tokens: int) -> list[Batch]:
     if sides.partners is None:
         return [Batch(rows) for rows in single_batches([len(text.tokens) for text in sides.texts], batch_tokens)]
     earliest = [int(np.flatnonzero(weight)[0]) for weight in weights]
     return list(pair_batches(sides.texts, sides.partners, earliest, batch_tokens))
 
 
-def _mean(
-    reader: Reader, texts: list[Text], weights: list[np.ndarray[Any, Any]], budget: int, step: Any
-) -> np.ndarray[Any, Any] | None:
-    """Mean over texts of what is read of each, (places, D) float64; None without texts."""
-    total: mx.array | None = None
+_Found: TypeAlias = "tuple[mx.array, np.ndarray[Any, Any], dict[str, Any]]"
+"""Directions, (layers, ..., D); the layers' median norms; what was measured of the data, by name."""
+
+
+def _by_side(model: InterpretableModel, run: _Run, seed: int, step: Step) -> _Found:
+    """Any method of `Readings`: both sides' rows, batch by batch, as sums, and then the method."""
+    reader = Reader(model, run.places, norms=True)
+    sums = Moments(run.sides, rows=run.method.rows, seed=seed)
     done = 0
-    for rows in single_batches([len(text.tokens) for text in texts], budget):
-        taken, _ = reader(texts, weights, Batch(rows))
-        part = mx.sum(taken, axis=1)
+    for batch in run.batches:
+        sums.add(batch, *reader(run.texts, run.weights, batch))
+        done += len(batch.texts)
+        step(done, len(run.texts))
+    reader = Reader(model, run.places)
+    total: mx.array | None = None
+    for batch in run.behind:
+        part = mx.sum(reader(run.texts, run.weights, batch)[0], axis=1)
         total = part if total is None else total + part
         mx.eval(total)
-        done += len(rows)
-        step(done)
-    return None if total is None else np.array(total, np.float64) / len(texts)
+        done += len(batch.texts)
+        step(done, len(run.texts))
+    readings = sums.readings(None if total is None else np.array(total, np.float64) / run.background, seed)
+    found = np.asarray(run.method.compute(readings), np.float64)
+    if found.shape != readings.difference.shape:
+        raise ValueError(f"{run.method.name} gave shape {found.shape}; directions are {readings.difference.shape}.")
+    if not found.any():
+        raise ValueError("the direction is zero at every layer: both sides read the same on average.")
+    measured = {
+        name: {str(layer): round(float(value), 6) for layer, value in zip(run.layers, values, strict=True)}
+        for name, values in (("agreement", sums.agreement()), ("reliability", sums.reliability()))
+        if values is not None
+    }
+    return mx.array(found.astype(np.float32)), sums.median_norms(), measured
 
 
-def _single(
-    model: InterpretableModel,
-    pairs: Iterable[ContrastPair] | None,
-    template: str,
-    numbers: list[int],
-    sites: list[Site],
-    chat: bool,
-) -> SteeringVector:
-    """Activation addition: one pair, position by position, (tokens, D) per layer."""
-    if pairs is None:
-        raise TypeError("method='single' takes one contrast pair: extract(model, [pair], method='single').")
-    given = checked(pairs)
-    if len(given) != 1:
-        raise ValueError(f"method='single' is made of one pair, and these are {len(given)}.")
-    pair = as_chat(given[0]) if chat else given[0]
-    sides = of_pairs(model, [ContrastPair(pair.prompt, pair.positive, pair.negative, None, pair.chat, pair.messages)],
-                         False)  # fmt: skip
-    space = model.encode(" ")[-1]
-    length = max(len(text.tokens) for text in sides.texts)
-    padded = [Text([*text.tokens, *[space] * (length - len(text.tokens))], length) for text in sides.texts]
-    reader = Reader(model, sites, norms=True)
-    at: list[Any] = []
-    norms: Any = None
-    for position in range(length):
-        one = np.zeros(length, np.float32)
-        one[position] = 1.0
-        taken, norms = reader(padded, [one, one], Batch([0, 1]))
-        at.append(taken[:, 0] - taken[:, 1])
-    found = mx.stack(at, axis=1)  # (places, tokens, D)
+def _by_position(model: InterpretableModel, run: _Run, seed: int, step: Step) -> _Found:
+    """Activation addition: of one pair the difference at each position, (layers, tokens, D)."""
+    taken, norms = Reader(model, run.places, norms=True).everywhere(run.texts, run.sides.texts)
+    found = mx.stack([both[0] - both[1] for both in taken])
     mx.eval(found, norms)
-    middle = np.median(np.array(norms), axis=1)
-    info = _info(model, sides, SINGLE, "each position", layers=len(model.layers), width=found.shape[-1])
-    return SteeringVector(
-        {layer: found[i] for i, layer in enumerate(numbers)},
-        site=template,
-        residual_norms={layer: float(norm) for layer, norm in zip(numbers, middle, strict=True)},
-        info=info,
-    )
+    step(2, 2)
+    if not found.any().item():
+        raise ValueError("the direction is zero at every layer: both sides read the same.")
+    return found, np.median(np.array(norms), axis=1), {}
 
 
 def _installed(method: Method) -> None:
@@ -242,23 +333,35 @@ def _installed(method: Method) -> None:
             raise ImportError("method='probe' needs scikit-learn: pip install 'mlxsteer[probe]'.") from error
 
 
-def _info(
-    model: InterpretableModel, sides: Contrast, method: str, read: Read, *, layers: int, width: int
-) -> dict[str, Any]:
+def _said(read: Read) -> str | int:
+    return read if isinstance(read, (str, int)) else getattr(read, "__name__", "callable")
+
+
+def _info(model: InterpretableModel, run: _Run, read: Read, chat: bool, width: int) -> dict[str, Any]:
     template = getattr(model.tokenizer, "chat_template", None)
-    both = sides.positives, len(sides.texts) - sides.positives
-    counts = {"pairs": both[0]} if sides.partners is not None else {"positive": both[0], "negative": both[1]}
+    both = run.sides.positives, len(run.sides.texts) - run.sides.positives
+    counts = {"pairs": both[0]} if run.sides.partners is not None else {"positive": both[0], "negative": both[1]}
+    counts["background"] = run.background
+    set_by_partial = getattr(run.method.compute, "keywords", None) or {}
     return {
         **model.identity,
         "hidden_size": width,
-        "layers": layers,
-        "method": method,
-        "read": read if isinstance(read, (str, int)) else getattr(read, "__name__", "callable"),
-        **counts,
-        "data": sides.hash,
+        "layers": len(model.layers),
+        "method": run.method.name,
+        **({"parameters": {name: _plain(value) for name, value in set_by_partial.items()}} if set_by_partial else {}),
+        "read": "each position" if run.method.compute is single else _said(read),
+        **({"chat": True} if chat else {}),
+        **{name: count for name, count in counts.items() if count},
+        "data": run.sides.hash,
         "chat_template": hashlib.sha256(template.encode()).hexdigest()[:16] if isinstance(template, str) else None,
         "mlxsteer": version("mlxsteer"),
     }
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON has it, or in words."""
+    value = value.item() if isinstance(value, np.generic) else value
+    return value if value is None or isinstance(value, (bool, int, float, str)) else repr(value)
 
 
 def separation(
@@ -284,16 +387,35 @@ def separation(
 
     Returns:
         layer → AUROC.
+
+    Raises:
+        TypeError: no model, no vector, no contrast pairs.
+        ValueError: the vector is another model's, has a direction per position, or is zero at a layer; nothing to read.
+        UnknownKey: the model has no such site.
+
+    Warns:
+        VectorMismatchWarning: the vector was computed on another model, or under another quantization.
     """
+    check_model(model)
+    if not isinstance(vector, SteeringVector):
+        raise TypeError(f"separation takes a SteeringVector, not {type(vector).__name__}.")
     check_read(read)
-    chosen = [as_chat(pair) if chat else pair for pair in checked(pairs)]
+    check_switch("chat", chat)
+    check_budget(batch_tokens)
+    if vector.positions is not None:
+        raise ValueError("separation needs one direction per layer, and this vector has one per position.")
+    for layer in vector:
+        if not vector[layer].any().item():
+            raise ValueError(f"the direction of layer {layer} is zero: it tells nothing apart.")
+    vector._check(model, stacklevel=3)
+    given = checked(pairs)
+    check_completions(read, given, given)
+    chosen = [as_chat(pair) if chat else pair for pair in given]
     texts = [Text(*encode_side(model, pair, side)) for side in ("positive", "negative") for pair in chosen]
     bos = bos_of(model)
     weights = [reading(read, text, bos) for text in texts]
     sites = [model._sites.resolve(vector.site.format(layer=layer)) for layer in vector]
     unit = mx.stack([vector[layer] for layer in vector])[:, None]
-    if unit.ndim != 3:
-        raise ValueError("separation needs one direction per layer, and this vector has one per position.")
     reader = Reader(model, sites)
     scores = np.zeros((len(vector), len(texts)))
     n = len(chosen)

@@ -39,7 +39,7 @@ from mlxsteer.positions import At, Position, PositionError, Prompt
 from mlxsteer.progress import Step, reporting
 from mlxsteer.reading import SHORTEST_SHARED
 from mlxsteer.steering import Row, Steering, SteeringState, carrier, ride
-from mlxsteer.sweep import _UNITS, Maker, _directions, _maker
+from mlxsteer.sweep import _UNITS, Maker, _directions, _maker, check_positions
 from mlxsteer.vectors import SteeringVector
 
 Scorer: TypeAlias = "Callable[[str], float]"
@@ -628,18 +628,14 @@ def _steerings(
     Raises:
         ValueError: it doesn't fit the model, or acts elsewhere than it was asked to.
     """
-    position, make = Position.of(at), _maker(intervention, vector, at, unit)
+    make = _maker(intervention, vector, at, unit)
     made: dict[tuple[int, float], Steering] = {}
     for layer, strength in itertools.product(layers, strengths):
         if not strength or (layer, strength) in made:
             continue
-        steering = Steering.of(model._sites, {vector.site.format(layer=layer): make(layer, [strength])}).row(0)
-        acts = list(steering.positions())
-        if position not in acts:
-            raise ValueError(
-                f"the intervention at layer {layer} acts at={acts[0].written()!r}, and at={at!r} was asked for: make "
-                f"it act there, or ask for at={acts[0].written()!r}."
-            )
+        edit = make(layer, [strength])
+        check_positions(edit, layer, at)
+        steering = Steering.of(model._sites, {vector.site.format(layer=layer): edit}).row(0)
         made[layer, strength] = steering
     return made
 

@@ -19,7 +19,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from mlx_lm.generate import GenerationResponse
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mlxsteer import generation
+from mlxsteer import generation, pocket
 from mlxsteer.hooks import attached, copying, disable, enable, new_owner, residents, settle
 from mlxsteer.places import Places, Writing
 from mlxsteer.plans import NeverFired, Plan
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 Text: TypeAlias = "str | Sequence[int] | Sequence[Mapping[str, Any]] | mx.array"
 """One prompt: a text, token ids, or chat messages (dicts with `role` and `content`)."""
 
-POCKET = Path(__file__).parent / "pocket" / "model"
+POCKET = pocket.FOLDER
 """The folder of the bundled model."""
 
 
@@ -612,7 +612,7 @@ def _arrays(module: Any) -> Iterator[mx.array]:
 def _load(name: str, options: Mapping[str, Any]) -> tuple[nn.Module, TokenizerWrapper]:
     """A model by name, with one clear sentence where there is none."""
     if name == "pocket":
-        return mlx_lm.load(str(POCKET), **options)[:2]
+        return mlx_lm.load(str(pocket.verified()), **options)[:2]
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():

@@ -68,7 +68,9 @@ class Moments:
     def readings(self, background: np.ndarray[Any, Any] | None, seed: int) -> Readings:
         """The sums as means."""
         n = self.contrast.positives
-        means = (self._sum(0) / self.counts[:, None]).transpose(1, 0, 2)
+        means = (self._sum(0) / np.maximum(self.counts, 1)[:, None]).transpose(1, 0, 2)
+        if background is not None and not self.counts[1]:
+            means[1] = background  # it stands in for the side that there isn't
         matched = self.contrast.partners is not None
         difference = self._sum(2) / n if matched else means[0] - means[1]
         if self.rows is None:

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Literal
 
+from mlxsteer.model import InterpretableModel
 from mlxsteer.pairs import SPLITS, ContrastPair, context, counted, folded, side_texts
 
 ENOUGH_PAIRS = 80
@@ -127,11 +128,16 @@ def check_pairs(pairs: Sequence[ContrastPair], tokenizer: Any = None) -> Check:
 
     Args:
         pairs: the pairs, with a `name` where they are a `PairSet`.
-        tokenizer: measures lengths in tokens, by its `encode`; in characters without one.
+        tokenizer: measures lengths in tokens, by its `encode`; in characters without one. A model's own where an
+            `InterpretableModel` is given.
 
     Raises:
-        TypeError: the tokenizer has no `encode`.
+        TypeError: the tokenizer has no `encode`, or the model no tokenizer.
     """
+    if isinstance(tokenizer, InterpretableModel):
+        if tokenizer.tokenizer is None:
+            raise TypeError("this model was given without a tokenizer, and lengths in tokens need one.")
+        tokenizer = tokenizer.tokenizer
     if isinstance(tokenizer, str) or (tokenizer is not None and not callable(getattr(tokenizer, "encode", None))):
         raise TypeError(f"a tokenizer turns texts to token ids by its `encode`; {tokenizer!r} can't.")
     name = getattr(pairs, "name", "")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
-import math
+import numbers
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, SupportsIndex, overload
 
@@ -15,6 +16,57 @@ if TYPE_CHECKING:
 
 SPLITS = ("train", "choose", "report")
 """Vectors are computed on train, layers and strengths picked on choose, numbers reported on report."""
+
+_SHARES = {"train": 0.5, "choose": 0.2, "report": 0.3}
+_FEW = 10
+"""So many names are listed where none is near; of more, what lists them is named."""
+
+
+def nearest(name: object, known: Iterable[str], listing: str = "") -> str:
+    """How a refusal of a name ends: with the nearest of those there are, or with all where none is near.
+
+    Args:
+        name: what was given.
+        known: the names there are.
+        listing: what lists them, such as ``"available()"``, where they may be too many for a sentence.
+    """
+    names = list(known)
+    word = str(name).casefold()
+    near = difflib.get_close_matches(word, names, n=3) or [known for known in names if len(word) > 2 and word in known]
+    if near:
+        return f"Nearest: {', '.join(near)}."
+    return f"There are {', '.join(names)}." if len(names) <= _FEW else f"{listing} lists the {len(names)} there are."
+
+
+def hint(name: object, known: Iterable[str]) -> str:
+    """The nearest of a few names that a refusal has listed already, as its last sentence; empty where none is near."""
+    near = difflib.get_close_matches(name.casefold(), list(known), n=1) if isinstance(name, str) else []
+    return f" Nearest: {near[0]}." if near else ""
+
+
+def check_switch(name: str, value: Any) -> None:
+    """Refuse anything but True and False.
+
+    Raises:
+        TypeError: it is something else, be it true or false in a condition.
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} is True or False, not {value!r}.")
+
+
+def check_seed(seed: Any) -> None:
+    """Refuse what is no seed.
+
+    Raises:
+        ValueError: it is no whole number from 0 on.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, numbers.Integral) or seed < 0:
+        raise ValueError(f"a seed is a whole number from 0 on, not {seed!r}.")
+
+
+def _check_split(name: Any) -> None:
+    if name not in SPLITS:
+        raise ValueError(f"a split is one of {', '.join(SPLITS)}, not {name!r}.{hint(name, SPLITS)}")
 
 
 @dataclass(frozen=True)
@@ -44,6 +96,12 @@ class ContrastPair:
         for name in ("prompt", "positive", "negative"):
             if not isinstance(getattr(self, name), str):
                 raise TypeError(f"a contrast pair's {name} is a text, not {type(getattr(self, name)).__name__}.")
+        check_switch("chat", self.chat)
+        if not _is_conversation(self.messages):
+            raise TypeError(
+                "a contrast pair's messages are a list of dicts with the texts role and content, not "
+                f"{self.messages!r:.80}."
+            )
         object.__setattr__(self, "messages", tuple(self.messages))
         if self.messages and self.prompt:
             raise ValueError("a contrast pair has a prompt or messages, not both.")
@@ -54,8 +112,15 @@ class ContrastPair:
             raise ValueError(f"both sides of a contrast pair are {said!r}: there is no contrast.")
         if (self.chat or self.messages) and not (self.positive and self.negative):
             raise ValueError("a contrast pair of a chat has two answers (or two messages), and one is empty.")
-        if self.split is not None and self.split not in SPLITS:
-            raise ValueError(f"a split is one of {', '.join(SPLITS)}, not {self.split!r}.")
+        if self.split is not None:
+            _check_split(self.split)
+
+
+def _is_conversation(messages: Any) -> bool:
+    return isinstance(messages, (list, tuple)) and all(
+        isinstance(said, Mapping) and all(isinstance(said.get(name), str) for name in ("role", "content"))
+        for said in messages
+    )
 
 
 def context(pair: ContrastPair) -> str:
@@ -84,6 +149,10 @@ def counted(number: int, noun: str) -> str:
 def _all_pairs(pairs: Iterable[ContrastPair]) -> list[ContrastPair]:
     if isinstance(pairs, str):
         raise TypeError(f"contrast pairs are a list of ContrastPair; a shipped set is datasets.load({pairs!r}).")
+    if isinstance(pairs, ContrastPair):
+        raise TypeError("contrast pairs are a list of ContrastPair; one pair is [pair].")
+    if not isinstance(pairs, Iterable):
+        raise TypeError(f"contrast pairs are a list of ContrastPair(prompt, positive, negative), not {pairs!r:.80}.")
     chosen = list(pairs)
     for pair in chosen:
         if not isinstance(pair, ContrastPair):
@@ -146,6 +215,16 @@ class PairSet(list[ContrastPair]):
             return PairSet(super().__getitem__(index), name=self.name)
         return super().__getitem__(index)
 
+    def __add__(self, other: list[ContrastPair]) -> PairSet:  # type: ignore[override]  # pairs and nothing else
+        if not isinstance(other, list):
+            return NotImplemented
+        names = dict.fromkeys([self.name, getattr(other, "name", "")])
+        return PairSet([*self, *other], name=" + ".join(filter(None, names)))
+
+    def copy(self) -> PairSet:
+        """Another set of the same pairs and name."""
+        return PairSet(self, name=self.name)
+
     def __repr__(self) -> str:
         name = f"{self.name!r}, " if self.name else ""
         splits = ", ".join(f"{count} {split}" for split, count in self.splits.items())
@@ -174,15 +253,17 @@ class PairSet(list[ContrastPair]):
         Raises:
             ValueError: there is no such split, or there are splits and this one is empty.
         """
-        if name not in SPLITS:
-            raise ValueError(f"a split is one of {', '.join(SPLITS)}, not {name!r}.")
+        _check_split(name)
         return PairSet(in_split(self, name), name=self.name)
 
-    def with_splits(self, train: float = 0.5, choose: float = 0.2, report: float = 0.3, seed: int = 0) -> PairSet:
+    def with_splits(
+        self, train: float | None = None, choose: float | None = None, report: float | None = None, seed: int = 0
+    ) -> PairSet:
         """The same pairs in the same order, put into splits by chance; splits they had are forgotten.
 
         Pairs that share a prompt, or a whole text, stay in one split (case and spacing don't count), so the shares are
-        met as nearly as such groups allow.
+        met as nearly as such groups allow. Shares that aren't given divide what is left as 0.5 : 0.2 : 0.3, so that
+        ``train=0.8`` leaves 0.08 and 0.12.
 
         Args:
             train: share of the pairs to compute vectors on.
@@ -194,12 +275,11 @@ class PairSet(list[ContrastPair]):
             A new set; this one is left as it is.
 
         Raises:
-            ValueError: a share is negative, they don't sum to 1, or a split whose share isn't 0 would be empty.
+            ValueError: a share is negative, they don't sum to 1, or a split whose share isn't 0 would be empty; the
+                seed is no whole number from 0 on.
         """
-        shares = dict(zip(SPLITS, (train, choose, report), strict=True))
-        if not all(share >= 0 for share in shares.values()) or not math.isclose(sum(shares.values()), 1, abs_tol=1e-6):
-            given = ", ".join(f"{split}={share}" for split, share in shares.items())
-            raise ValueError(f"the shares of the splits are at least 0 and sum to 1, not {given}.")
+        check_seed(seed)
+        shares = _shares({"train": train, "choose": choose, "report": report})
         groups = _groups(self)
         random.Random(seed).shuffle(groups)
         groups.sort(key=len, reverse=True)  # large groups first: small ones even out what they leave
@@ -222,24 +302,41 @@ class PairSet(list[ContrastPair]):
 
         Args:
             seed: the same seed gives the same order.
+
+        Raises:
+            ValueError: the seed is no whole number from 0 on.
         """
+        check_seed(seed)
         return PairSet(random.Random(seed).sample(self, len(self)), name=self.name)
 
     def check(self, tokenizer: Any = None) -> Check:
         """Whether these are good contrast pairs: what is well, what to look at, what is wrong, in words.
 
         Args:
-            tokenizer: measures lengths in tokens, by its `encode`; in characters without one.
+            tokenizer: measures lengths in tokens, by its `encode`; in characters without one. A model's own where an
+                `InterpretableModel` is given.
 
         Returns:
             A `Check`; print it, or ask for its `ok`, `warnings` and `errors`.
 
         Raises:
-            TypeError: the tokenizer has no `encode`.
+            TypeError: the tokenizer has no `encode`, or the model no tokenizer.
         """
         from mlxsteer.pair_checks import check_pairs
 
         return check_pairs(self, tokenizer)
+
+
+def _shares(given: Mapping[str, float | None]) -> dict[str, float]:
+    """Split → share, of those given and of what they leave."""
+    told = {split: share for split, share in given.items() if share is not None}
+    sound = all(isinstance(s, numbers.Real) and not isinstance(s, bool) and s >= 0 for s in told.values())
+    left = round(1 - sum(told.values()), 6) if sound else 0.0
+    if not sound or left < 0 or (left and len(told) == len(SPLITS)):
+        said = ", ".join(f"{split}={share!r}" for split, share in told.items())
+        raise ValueError(f"the shares of the splits are at least 0 and sum to 1, not {said}.")
+    whole = sum(share for split, share in _SHARES.items() if split not in told)
+    return {split: told[split] if split in told else left * share / whole for split, share in _SHARES.items()}
 
 
 def _groups(pairs: Sequence[ContrastPair]) -> list[list[int]]:

@@ -15,7 +15,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlxsteer.forks import forkable, forked
 from mlxsteer.hooks import activation, attached, detached, residents, surrounding
 from mlxsteer.model import InterpretableModel
-from mlxsteer.pairs import ContrastPair
+from mlxsteer.pairs import ContrastPair, check_switch, hint
 from mlxsteer.plans import Plan, Stopped
 from mlxsteer.positions import At, Position, Prompt, Tokens
 from mlxsteer.progress import Step, reporting
@@ -25,6 +25,9 @@ from mlxsteer.trace import frozen
 Read: TypeAlias = "str | int | Callable[[list[int]], Any]"
 """Which tokens of a text are read: ``"last"``, ``"first"`` or ``"mean"`` (of the completion), ``"all"`` (the mean over
 every token but BOS), the index of a token, or a callable from token ids to one index or several (their mean)."""
+
+_COMPLETION = {"mean": "averages over", "first": "reads the first token of"}
+"""What is read of a completion, and of no other text."""
 
 SHORTEST_SHARED = 4
 """Fewer tokens in common are not worth a forward of their own."""
@@ -89,6 +92,34 @@ def encode_text(model: InterpretableModel, text: Any, *, chat: bool = False) -> 
     return Text(tokens, len(tokens))
 
 
+def encode_texts(model: InterpretableModel, texts: Any, name: str, *, chat: bool = False) -> list[Text]:
+    """Texts, each all prompt.
+
+    Args:
+        model: the model.
+        texts: texts, lists of token ids, or chats.
+        name: what to call them in a refusal.
+        chat: texts are a user's messages.
+
+    Raises:
+        TypeError: they are no list, or one of them is no text; its number is said.
+        ValueError: there are none, or one can't be encoded.
+    """
+    if isinstance(texts, (str, Mapping)):
+        raise TypeError(f"{name} is a list of texts, not one {type(texts).__name__}: one text is [text].")
+    if not isinstance(texts, Iterable):
+        raise TypeError(f"{name} is a list of texts, not {texts!r:.80}.")
+    encoded = []
+    for number, text in enumerate(texts):
+        try:
+            encoded.append(encode_text(model, text, chat=chat))
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{name}, text {number}: {error}") from error
+    if not encoded:
+        raise ValueError(f"{name} is empty, there are no texts: give at least one.")
+    return encoded
+
+
 def bos_of(model: InterpretableModel) -> int | None:
     """The beginning-of-sequence token's id, where there is one."""
     return getattr(model.tokenizer, "bos_token_id", None) if model.tokenizer is not None else None
@@ -97,6 +128,49 @@ def bos_of(model: InterpretableModel) -> int | None:
 def _common(a: Sequence[int], b: Sequence[int]) -> int:
     """Length of the common beginning."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+# -- what was given --------------------------------------------------------------------------------------------------
+
+
+def check_model(model: Any) -> None:
+    """Refuse what is no model.
+
+    Raises:
+        TypeError: it is no `InterpretableModel`.
+    """
+    if not isinstance(model, InterpretableModel):
+        given = repr(model) if isinstance(model, str) or model is None else type(model).__name__
+        raise TypeError(f"model is an InterpretableModel, such as InterpretableModel('pocket'), not {given}.")
+
+
+def check_budget(batch_tokens: Any) -> None:
+    """Refuse what is no number of tokens.
+
+    Raises:
+        ValueError: it is no whole number from 1 on.
+    """
+    if isinstance(batch_tokens, bool) or not isinstance(batch_tokens, (int, np.integer)) or batch_tokens < 1:
+        raise ValueError(f"batch_tokens is a number of tokens from 1 on, not {batch_tokens!r}.")
+
+
+def check_progress(progress: Any) -> None:
+    """Refuse what is no way to tell progress.
+
+    Raises:
+        TypeError: it is neither True, False, None nor a function.
+    """
+    if not (progress is None or isinstance(progress, bool) or callable(progress)):
+        raise TypeError(f"progress is True, False or a function, not {progress!r}.")
+
+
+def _keys(keys: Any) -> list[str]:
+    given = [keys] if isinstance(keys, str) else list(keys) if isinstance(keys, Iterable) else [keys]
+    if wrong := [key for key in given if not isinstance(key, str)]:
+        raise TypeError(f"keys are a key such as 'layers.5', or a list of keys, not {wrong[0]!r}.")
+    if not given:
+        raise ValueError("there are no keys: give at least one, such as 'layers.5'.")
+    return given
 
 
 # -- which tokens are read -----------------------------------------------------------------------------------------
@@ -108,13 +182,37 @@ def check_read(read: Any) -> None:
     Raises:
         ValueError: it is none of the names, no index and no callable.
     """
-    named = isinstance(read, str) and read in ("last", "first", "mean", "all")
+    names = ("last", "first", "mean", "all")
+    named = isinstance(read, str) and read in names
     whole = isinstance(read, (int, np.integer)) and not isinstance(read, bool)
     if not (named or whole or callable(read)):
         raise ValueError(
             f"read is 'last', 'first', 'mean', 'all', the index of a token, or a callable from token ids to indices, "
-            f"not {read!r}."
+            f"not {read!r}.{hint(read, names)}"
         )
+
+
+def check_completions(read: Read, pairs: Sequence[ContrastPair], chosen: Sequence[ContrastPair]) -> None:
+    """Refuse an empty completion where the completion is what is read.
+
+    Args:
+        read: what is read.
+        pairs: all pairs that were given: the refusal says which of them it is.
+        chosen: those of them that are read.
+
+    Raises:
+        ValueError: there is no completion to read.
+    """
+    if not isinstance(read, str) or read not in _COMPLETION:
+        return
+    for pair in chosen:
+        if not (pair.positive and pair.negative):
+            number = next(i for i, one in enumerate(pairs) if one is pair)
+            side = "negative" if pair.positive else "positive"
+            raise ValueError(
+                f"pair {number}: read={read!r} {_COMPLETION[read]} a completion, and its {side} one is empty; "
+                "read='last' reads what there is."
+            )
 
 
 def reading(read: Read, text: Text, bos: int | None) -> np.ndarray:
@@ -126,8 +224,10 @@ def reading(read: Read, text: Text, bos: int | None) -> np.ndarray:
     length = len(text.tokens)
     if read in ("mean", "first"):
         if text.prompt >= length:
-            what = "averages over" if read == "mean" else "reads the first token of"
-            raise ValueError(f"read={read!r} {what} a completion, and these pairs have none: read='last'.")
+            instead = "read='all' averages over all of a text" if read == "mean" else "read='last' reads the last token"
+            raise ValueError(
+                f"read={read!r} {_COMPLETION[str(read)]} a completion, and these texts are all prompt: {instead}."
+            )
         chosen: Any = range(text.prompt, length) if read == "mean" else [text.prompt]
     elif read == "all":
         start = int(text.tokens[0] == bos and length > 1)
@@ -144,7 +244,8 @@ def reading(read: Read, text: Text, bos: int | None) -> np.ndarray:
     weights = np.zeros(length, np.float32)
     for index in chosen:
         if not -length <= index < length:
-            raise ValueError(f"read={'index ' if callable(read) else ''}{index}: a text has only {length} tokens.")
+            what = f"read= gave index {index}, and" if callable(read) else f"read={index}:"
+            raise ValueError(f"{what} a text has only {length} tokens.")
         weights[index] += 1 / len(chosen)
     return weights
 
@@ -153,7 +254,7 @@ def reading(read: Read, text: Text, bos: int | None) -> np.ndarray:
 
 
 def single_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Indices of rows of similar length, so that each padded batch holds at most `budget` tokens."""
+    """Indices of rows of similar length, so that each padded batch holds at most `budget` tokens, or is one row."""
     batch: list[int] = []
     for index in sorted(range(len(lengths)), key=lengths.__getitem__):
         if batch and (len(batch) + 1) * lengths[index] > budget:
@@ -245,6 +346,16 @@ class Reader:
             return self._forked(rows, chosen, batch.shared)
         return self._plain(rows, chosen)
 
+    def everywhere(self, texts: Sequence[Text], real: Sequence[Text]) -> tuple[list[mx.array], mx.array | None]:
+        """Staged: the activations of texts of one length at every token, (texts, tokens, features) float32 for each
+        place, in one forward; and norms at the tokens of `real`, the texts without their padding, if asked for."""
+        parts = []
+        for rows in [[i] for i in range(len(texts))] if not self.together else [list(range(len(texts)))]:
+            captured = self._forward([texts[i] for i in rows], 0, len(texts[0].tokens), None)
+            norms = self._norms(captured, [real[i] for i in rows], 0)
+            parts.append(([self._value(captured, site).astype(mx.float32) for site in self.sites], norms))
+        return _joined(parts)
+
     def _plain(self, rows: list[Text], weights: list[np.ndarray]) -> tuple[list[mx.array], mx.array | None]:
         captured = self._forward(rows, 0, max(len(row.tokens) for row in rows), None)
         return self._reduce(captured, rows, weights, 0)
@@ -311,7 +422,7 @@ class Reader:
     def _norms(self, captured: dict[Site, Any], rows: list[Text], start: int) -> mx.array | None:
         if not self.norms:
             return None
-        width = max(len(row.tokens) for row in rows) - start
+        width = self._value(captured, self.sites[0]).shape[1]
         real = [
             row * width + token - start
             for row, text in enumerate(rows)
@@ -361,19 +472,24 @@ def activations(
         keys: keys, globs or ranges, of places with (batch, tokens, features).
         read: which token, as in `extract`; a text is all prompt, so that there is no completion to read.
         chat: texts are a user's messages.
-        batch_tokens: the most tokens in one batch, padding included.
+        batch_tokens: the most tokens in one batch, padding included; a batch is at least one text, whatever the budget.
         progress: as in `extract`.
 
     Returns:
         key → (texts, D) float32, in the order of the texts.
+
+    Raises:
+        TypeError: no model, no list of texts, no keys; the refusal names the text.
+        UnknownKey: a key names no place.
+        ValueError: there is no text or no key, or nothing to read in a text.
     """
+    check_model(model)
     check_read(read)
-    sites = model._sites.expand([keys] if isinstance(keys, str) else list(keys))
-    if isinstance(texts, (str, Mapping)):
-        raise TypeError("texts are a list; one text is [text].")
-    given = [encode_text(model, text, chat=chat) for text in texts]
-    if not given:
-        raise ValueError("there are no texts: give at least one.")
+    check_switch("chat", chat)
+    check_progress(progress)
+    check_budget(batch_tokens)
+    sites = model._sites.expand(_keys(keys))
+    given = encode_texts(model, texts, "texts=", chat=chat)
     bos = bos_of(model)
     weights = [reading(read, text, bos) for text in given]
     reader = Reader(model, sites)
@@ -408,23 +524,36 @@ def mean_activations(
         keys: keys, globs or ranges.
         at: which tokens of each prompt count; padding never does.
         skip_bos: leave the beginning-of-sequence token out, whose activation is unlike all others.
-        batch_tokens: the most tokens in one batch, padding included.
+        batch_tokens: the most tokens in one batch, padding included; a batch is at least one prompt, whatever the
+            budget.
 
     Returns:
         key → mean, (D,) float32; a glob or range gives one for each place, under its canonical key.
 
     Raises:
+        TypeError: no model, no list of prompts, no keys.
         UnknownKey: a key names no place.
-        ValueError: there is no prompt, or no token to average.
+        ValueError: there is no prompt or no key, or no token to average.
     """
+    check_model(model)
+    check_switch("skip_bos", skip_bos)
+    check_budget(batch_tokens)
+    if isinstance(prompts, (str, Mapping)):
+        raise TypeError(f"prompts are a list of texts, not one {type(prompts).__name__}: one text is [text].")
+    if not isinstance(prompts, Iterable):
+        raise TypeError(f"prompts are a list of texts, not {prompts!r:.80}.")
+    if not isinstance(prompts, mx.array):
+        prompts = list(prompts)
+    if len(prompts) == 0:
+        raise ValueError("there are no texts: give at least one.")
     wanted: dict[str, Site] = {}
-    for key in [keys] if isinstance(keys, str) else keys:
+    for key in _keys(keys):
         try:
             wanted[key] = model._sites.resolve(key)
         except UnknownKey:  # a glob or a range, or nothing at all, which expand refuses
             wanted |= {site.key: site for site in model._sites.expand(key)}
     sites = list(dict.fromkeys(wanted.values()))
-    tokens, _ = model._encode_many(prompts if isinstance(prompts, (str, mx.array)) else list(prompts))
+    tokens, _ = model._encode_many(prompts)
     position = Position.of(at)
     sums: dict[Site, mx.array] = {site: mx.array(0.0) for site in sites}
     count = 0
@@ -442,5 +571,6 @@ def mean_activations(
                 sums[site] = sums[site] + mx.tensordot(weight, value, axes=[[0, 1], [0, 1]])
         mx.eval(list(sums.values()))
     if not count:
-        raise ValueError(f"at={at!r} chooses no token of these prompts: there is nothing to average.")
+        bos_hint = "; BOS is left out, and skip_bos=False counts it" if skip_bos and bos is not None else ""
+        raise ValueError(f"at={at!r} chooses no token of these prompts: there is nothing to average{bos_hint}.")
     return {key: sums[site] / count for key, site in wanted.items()}

@@ -14,10 +14,11 @@ from rich.console import Console
 from rich.table import Table
 
 from mlxsteer import datasets
+from mlxsteer.contrast import places
 from mlxsteer.extraction import extract, separation
 from mlxsteer.interventions.base import Intervention
 from mlxsteer.interventions.files import write_whole
-from mlxsteer.measures.divergence import Divergence, Reference
+from mlxsteer.measures.divergence import Divergence, Reference, listed
 from mlxsteer.measures.effect import Steerability, rank_correlation, steerability
 from mlxsteer.measures.nulls import null_p_value, random_like
 from mlxsteer.measures.preference import Preferences
@@ -156,6 +157,7 @@ class Choice:
             f"{counted(len(found.nulls), 'random vector')} of the same length: {np.mean(found.nulls):+.2f} on average, "
             f"{max(found.nulls):+.2f} at most; p = {found.p_value:.3f}." if found.nulls else "No null was drawn.",
             f"On neutral text: {found.divergence}; the budget was {measure} ≤ {limit:g}.",
+            "Separation tells no layers apart." if np.isnan(self.rank_correlation) else
             f"Rank correlation of separation and effect over layers: {self.rank_correlation:+.2f}.",
         ]  # fmt: skip
         return "\n".join([*lines, *(f"Warning: {warning}" for warning in self.warnings)])
@@ -239,7 +241,7 @@ def select(
 
     The vector is computed on the train split, layer and strength are chosen on the choose split, and what is reported
     comes from the report split. Layers are compared at equal side effects: each at the strength that spends the
-    budget. All are read from outside first (separation), then tried at two strengths on a quarter of the data; the
+    budget. All are read from outside first (separation), then tried on a sixth of the data; the
     best are measured on all of it, alone and together.
 
     Args:
@@ -276,14 +278,16 @@ def select(
     if not given.splits:
         given = given.with_splits(seed=seed)
     train, choose, report = (given.split(name) for name in SPLITS)
-    prompts = list(datasets.neutral(model) if neutral is None else neutral)
+    if len(report) < 2:
+        raise ValueError("an interval needs 2 pairs or more, and the report split has 1.")
+    prompts = listed(datasets.neutral(model) if neutral is None else neutral)
     cost = 0
     with reporting(progress, "selecting") as step:
         step(0, 5)
         if vector is None:
             vector = extract(model, train, layers=layers, method=method, read=read, chat=chat, seed=seed, progress=None,
                              batch_tokens=batch_tokens)  # fmt: skip
-        wanted = _wanted(vector, layers)
+        wanted = _wanted(model, vector, layers)
         vector.check(model)
         vector.at(wanted, 1.0, at, unit="residual")  # refuse what is missing before anything is measured
         some = _part(choose)
@@ -295,17 +299,17 @@ def select(
         kept = kept if screen else wanted
         guesses: dict[int, tuple[float, float]] = {}
         if screen and len(kept) > 2:
-            guesses = bench.tried(kept, some, _part(prompts))
+            bench.look(some, _part(prompts))
+            guesses = {layer: bench.tried({layer: 1.0}) for layer in kept}
             kept = sorted(kept, key=lambda layer: -guesses[layer][1])[: max(2, len(wanted) // 8)]
         step(2, 5)
         found = {layer: bench.measured({layer: 1.0}, guesses.get(layer, (None, 0))[0]) for layer in sorted(kept)}
         single = sorted(found.values(), key=lambda one: -one.effect)
-        together = []
-        if combine and len(single) > 1:
-            together = [bench.measured({**single[0].strengths, **single[1].strengths}, 0.6)]
+        together = bench.combined(single[:2], guesses) if combine and len(single) > 1 else []
         step(3, 5)
         # Several layers have to earn their keep: what one does is easier to understand, and to reproduce.
-        best = together[0] if together and together[0].effect > 1.05 * abs(single[0].effect) else single[0]
+        better = [one for one in together if one.stage == "measured" and one.effect > 1.05 * abs(single[0].effect)]
+        best = better[0] if better else single[0]
         cost += bench.block_tokens
         evidence = _evidence(model, vector, best, at, report, bench, nulls, chat, seed, batch_tokens, step)
     rows = [
@@ -326,7 +330,7 @@ def select(
     candidates = sorted([*rows, *together], key=lambda row: (stages.index(row.stage), -np.nan_to_num(row.effect)))
     warnings = _warnings(vector, best, evidence, len(train), measure, limit)
     record = {
-        **model.identity, "data": given.fingerprint, "pairs": {name: len(given.split(name)) for name in SPLITS},
+        **model.identity, "pairs_name": given.name, "data": given.fingerprint, "pairs": {name: len(given.split(name)) for name in SPLITS},
         "method": vector.info.get("method"), "read": vector.info.get("read"), "at": repr(at), "seed": seed,
         "neutral_prompts": len(prompts), "tokens": tokens, "mlxsteer": version("mlxsteer"), "mlx": version("mlx"),
         "mlx_lm": version("mlx-lm"),
@@ -335,10 +339,10 @@ def select(
                   tuple(warnings), record, cost)  # fmt: skip
 
 
-def _wanted(vector: SteeringVector, layers: str | int | Sequence[int]) -> list[int]:
-    if isinstance(layers, str):
+def _wanted(model: InterpretableModel, vector: SteeringVector, layers: str | int | Sequence[int]) -> list[int]:
+    if isinstance(layers, str) and layers == "all":
         return list(vector)
-    return sorted({int(layer) for layer in np.atleast_1d(np.asarray(layers))})
+    return places(model, vector.site, layers)[1]
 
 
 def _token_count(model: InterpretableModel, pairs: Iterable[ContrastPair], chat: bool) -> int:
@@ -348,8 +352,8 @@ def _token_count(model: InterpretableModel, pairs: Iterable[ContrastPair], chat:
 
 
 def _part(values: Sequence[Any]) -> list[Any]:
-    """A quarter, but at least four, spread over the whole."""
-    count = min(len(values), max(4, len(values) // 4))
+    """A sixth, but at least four, spread over the whole."""
+    count = min(len(values), max(4, len(values) // 6))
     return [values[i] for i in np.linspace(0, len(values) - 1, count).round().astype(int)]
 
 
@@ -376,12 +380,15 @@ class _Bench:
         self.reference = Reference(model, prompts, tokens=tokens, **self.options)
         self.preferences = Preferences(model, pairs, **self.options)
         self.others = {name: Preferences(model, others, **self.options) for name, others in leave.items()}
-        self.spent_before = 0
+        self.some, self.few = self.reference, self.preferences
 
     @property
     def block_tokens(self) -> int:
-        pairs = [self.preferences, *self.others.values()]
-        return self.spent_before + self.reference.block_tokens + sum(one.block_tokens for one in pairs)
+        """Tokens times blocks that ran so far."""
+        each: list[Reference | Preferences] = [self.reference, self.preferences, *self.others.values()]
+        each += [self.some] if self.some is not self.reference else []
+        each += [self.few] if self.few is not self.preferences else []
+        return sum(one.block_tokens for one in each)
 
     def edits(self, strengths: Mapping[int, float], factor: Any) -> list[tuple[Site, Intervention]]:
         made = self.vector.at(dict(strengths), factor, self.at, unit="residual")
@@ -399,28 +406,37 @@ class _Bench:
         def spent(strength: float) -> float:
             return measured(Divergence.of(self.reference.per_token(self.edits(relative, strength))), self.measure)
 
-        solution: Strength = solved(spent, self.measure, self.limit, strongest=STRONGEST, first=first, tolerance=0.05)
+        strongest = STRONGEST / max(relative.values())
+        solution: Strength = solved(spent, self.measure, self.limit, strongest=strongest, first=first, tolerance=0.05)
         strengths = {layer: share * solution.value for layer, share in relative.items()}
         return Candidate(strengths, self.effect(strengths), solution.reached, np.nan, np.nan, "measured")
 
-    def tried(
-        self, layers: Sequence[int], pairs: Sequence[ContrastPair], prompts: Sequence[Any]
-    ) -> dict[int, tuple[float, float]]:
-        """layer → (strength that spends the budget, effect there), estimated from a few strengths on some data."""
-        reference = Reference(self.model, prompts, tokens=self.tokens, variants=len(TRIED), **self.options)
-        preferences = Preferences(self.model, pairs, variants=len(TRIED), **self.options)
-        found = {}
-        for layer in layers:
+    def combined(self, singles: Sequence[Candidate], guesses: Mapping[int, tuple[float, float]]) -> list[Candidate]:
+        """Two layers together, measured if they look better than one of them on some of the data."""
+        relative = {layer: strength for one in singles for layer, strength in one.strengths.items()}
+        factor: float | None = None
+        if guesses:
+            factor, effect = self.tried(relative)
+            if effect <= 1.05 * max(guesses[layer][1] for layer in relative):
+                return [
+                    Candidate({k: factor * v for k, v in relative.items()}, effect, np.nan, np.nan, np.nan, "tried")
+                ]
+        return [self.measured(relative, factor or 0.6)]
 
-            def make(rows: list[float], layer: int = layer) -> list[tuple[Site, Intervention]]:
-                return self.edits({layer: 1.0}, rows)
+    def look(self, pairs: Sequence[ContrastPair], prompts: Sequence[Any]) -> None:
+        """Take some of the data, for `tried`."""
+        self.some = Reference(self.model, prompts, tokens=self.tokens, variants=len(TRIED), **self.options)
+        self.few = Preferences(self.model, pairs, **self.options)
 
-            spent = [measured(Divergence.of(row), self.measure) for row in reference.dose(make, TRIED)]
-            effects = (preferences.dose(make, TRIED) - preferences.base).mean(axis=1)
-            strength = _crossing(TRIED, spent, self.limit)
-            found[layer] = strength, float(np.interp(np.log(strength), np.log(TRIED), effects))
-        self.spent_before += reference.block_tokens + preferences.block_tokens
-        return found
+    def tried(self, relative: Mapping[int, float]) -> tuple[float, float]:
+        """(factor that spends the budget, effect there) of some layers, estimated from two strengths on some data."""
+
+        def make(rows: list[float]) -> list[tuple[Site, Intervention]]:
+            return self.edits(relative, rows)
+
+        spent = [measured(Divergence.of(row), self.measure) for row in self.some.dose(make, TRIED)]
+        factor = _crossing(TRIED, spent, self.limit)
+        return factor, float((self.few.under(self.edits(relative, factor)) - self.few.base).mean())
 
 
 def _crossing(strengths: Sequence[float], spent: Sequence[float], limit: float) -> float:

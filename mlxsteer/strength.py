@@ -10,7 +10,7 @@ import numpy as np
 
 from mlxsteer import datasets
 from mlxsteer.interventions.base import Intervention, number
-from mlxsteer.measures.divergence import Divergence, Reference, edits_of, perplexity
+from mlxsteer.measures.divergence import Divergence, Reference, edits_of, listed, perplexity
 from mlxsteer.model import InterpretableModel
 from mlxsteer.positions import At
 from mlxsteer.vectors import SteeringVector
@@ -58,6 +58,8 @@ class Strength:
         said = f"{self.value:.4g} {unit}: {self.measure} {self.reached:.3g}"
         if self.hit:
             return f"{said}, in {len(self.trials)} evaluations"
+        if self.maximum > self.target:
+            return f"{said}; {self.target:g} was not met in {len(self.trials)} evaluations"
         return f"{said}; {self.target:g} is out of reach, the maximum found was {self.maximum:.3g}"
 
 
@@ -106,17 +108,24 @@ def strength_for(
         A `Strength`; where the target is out of reach, the one with the largest value found.
 
     Raises:
-        ValueError: no target or several, or one that can't be.
+        TypeError: no vector, or one prompt in place of a list.
+        ValueError: no target or several, or one that can't be; nothing may be tried.
         KeyError: the vector lacks a layer.
     """
     measure, target = target_of(kl, budget)
+    if not isinstance(vector, SteeringVector):
+        raise TypeError(f"strength_for takes a SteeringVector, not {vector!r:.60}.")
+    for name, value in (("tolerance", tolerance), ("evaluations", evaluations), ("strongest", strongest)):
+        if value is not None and number(value, name) <= 0:
+            raise ValueError(f"{name} is above 0, not {value}.")
     vector.check(model)
     steering = vector.at(layers, 1.0, at, unit=unit)
     strongest = (STRONGEST if unit == "residual" else 1000.0) if strongest is None else number(strongest, "strongest")
-    asked = list(datasets.neutral(model)) if prompts is None else prompts
+    asked = listed(datasets.neutral(model) if prompts is None else prompts)
     evaluate: Callable[[float], float]
     if measure == "perplexity_ratio":
-        evaluate = _perplexity_ratios(model, steering, asked, tokens, seed, batch_tokens)
+        said = [[{"role": "user", "content": p}] if chat and isinstance(p, str) else p for p in asked]
+        evaluate = _perplexity_ratios(model, steering, said, tokens, seed, batch_tokens)
     else:
         reference = Reference(model, asked, tokens=tokens, at=at, chat=chat, batch_tokens=batch_tokens)
 
@@ -155,16 +164,16 @@ def measured(divergence: Divergence, measure: str) -> float:
 
 
 def _perplexity_ratios(
-    model: InterpretableModel, steering: dict[str, Intervention], prompts: Iterable[Any], tokens: int, seed: int,
+    model: InterpretableModel, steering: dict[str, Intervention], given: list[Any], tokens: int, seed: int,
     batch_tokens: int,
 ) -> Callable[[float], float]:  # fmt: skip
     """Strength → perplexity of steered text over that of the model's own, sampled with one seed."""
-    given = list(prompts)
     base = perplexity(model, model.generate(given, max_tokens=tokens, temp=1.0, seed=seed), batch_tokens)
 
     def ratio(strength: float) -> float:
         edits = {site.key: edit for site, edit in edits_of(model, steering, strength)}
-        return perplexity(model, model.generate(given, edits, max_tokens=tokens, temp=1.0, seed=seed)) / base
+        made = model.generate(given, edits, max_tokens=tokens, temp=1.0, seed=seed)
+        return perplexity(model, made, batch_tokens) / base
 
     return ratio
 
@@ -196,7 +205,9 @@ def solved(
     trials: list[tuple[float, float]] = []
     strength = min(first or float((target - zero) ** 0.25), strongest)
     while len(trials) < evaluations:
-        trials.append((strength, evaluate(strength)))
+        found = evaluate(strength)
+        # Where numbers overflow, the model has given way: more than any target.
+        trials.append((strength, found if np.isfinite(found) else float("inf")))
         if abs(trials[-1][1] - target) <= tolerance * target:
             break
         following = _next_strength(trials, target, zero, strongest)
@@ -205,14 +216,15 @@ def solved(
         strength = following
     below = [trial for trial in trials if trial[1] <= target * (1 + tolerance)]
     hits = [trial for trial in trials if abs(trial[1] - target) <= tolerance * target]
-    value, reached = hits[0] if hits else max(below or trials[:1], key=lambda trial: trial[1])
+    tried = max if below else min
+    value, reached = hits[0] if hits else tried(below or trials, key=lambda trial: trial[1])
     return Strength(value, measure, target, reached, bool(hits), tuple(trials), unit)
 
 
 def _next_strength(trials: Sequence[tuple[float, float]], target: float, zero: float, strongest: float) -> float | None:
     """The next strength to try; None where the target is out of reach."""
-    least = 1e-12
-    points = sorted((np.log(s), np.log(max(found - zero, least))) for s, found in trials)
+    least, most = 1e-12, 1e3 * (target - zero)
+    points = sorted((np.log(s), np.log(np.clip(found - zero, least, most))) for s, found in trials)
     goal = np.log(target - zero)
     above = [point for point in points if point[1] > goal]
     high = min(above, default=None)

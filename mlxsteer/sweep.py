@@ -196,6 +196,20 @@ def _maker(
     return make
 
 
+def check_positions(made: Intervention, layer: int, at: At) -> None:
+    """Refuse an intervention that acts elsewhere than where a sweep takes it to act: the rest runs once, unedited.
+
+    Raises:
+        ValueError: with where it acts.
+    """
+    for part in made.parts():
+        if part.at != Position.of(at):
+            raise ValueError(
+                f"the intervention at layer {layer} acts at={part.at.written()!r}, and at={at!r} was asked for: make "
+                f"it act there, or ask for at={part.at.written()!r}."
+            )
+
+
 _DIRECTION = {"ablate": "directions", "replace_with": "value", "mean_replace": "mean"}
 
 
@@ -259,6 +273,8 @@ def sweep(
     question = question_of(model, pairs, metric, normalize, chat)
     position = Position.of(at)
     make = _maker(intervention, chosen, at, unit)
+    for layer in wanted:
+        check_positions(make(layer, [1.0]), layer, at)
     prompts = len(question.texts) // (1 + question.pairs)
     made = Sweep(np.full((len(wanted), len(strong), prompts), np.nan), wanted, strong, unit, question.metric,
                  _record(model, chosen, question, at, intervention))  # fmt: skip

@@ -3,24 +3,42 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import mlx.core as mx
+import numpy as np
 
 from mlxsteer.interventions import AddSequence, AddVector
-from mlxsteer.interventions.base import Intervention, number, tensor
+from mlxsteer.interventions.base import Intervention, number, settled, tensor
+from mlxsteer.model import InterpretableModel
+from mlxsteer.pairs import hint
 from mlxsteer.positions import At
+from mlxsteer.reading import check_model
 
 FORMAT = "mlxsteer.vector"
 VERSION = 1
-_MEASURED = ("agreement", "reliability", "data")
+_MEASURED = ("agreement", "reliability")
+_OF_THE_DATA = (*_MEASURED, "data", "pairs", "positive", "negative", "background")
+_MISFITS = (
+    "one is at {}, the other at {}",
+    "one has layers {}, the other {}",
+    "one is of width {}, the other of {}",
+    "one has a direction for {}, the other for {}",
+)
+_PARALLEL = 1e-6
+"""Less than this share of a direction's length is what rounding leaves of it."""
 
 
 class VectorMismatchWarning(UserWarning):
     """A vector is used on another model, or under another quantization, than it was computed on."""
+
+
+def _whole(layer: Any) -> bool:
+    """Whether it is a layer's number; True and 1.0 are none."""
+    return isinstance(layer, (int, np.integer)) and not isinstance(layer, bool)
 
 
 def _length(direction: mx.array) -> mx.array:
@@ -32,7 +50,8 @@ class SteeringVector:
     """Directions in the activations of several layers.
 
     Attributes:
-        directions: layer → direction, (D,) float32; or one per position at the front of a prompt, (tokens, D).
+        directions: layer → direction, (D,) float32; or one per position at the front of a prompt, (tokens, D). Layers
+            count from 0.
         site: the key they belong to, with ``{layer}`` in place of the number.
         residual_norms: layer → median norm of the activation there, over real tokens without BOS.
         info: where they come from: model, architecture, hidden size, method, and so on.
@@ -46,6 +65,13 @@ class SteeringVector:
     __array_ufunc__ = None  # NumPy numbers leave arithmetic to us: np.float64(2) * vector
 
     def __post_init__(self) -> None:
+        if not isinstance(self.directions, Mapping):
+            raise TypeError(
+                "directions are a dict from layers to directions, such as {5: direction}, not "
+                f"{type(self.directions).__name__}."
+            )
+        if wrong := [layer for layer in self.directions if not _whole(layer) or layer < 0]:
+            raise ValueError(f"a layer is a whole number from 0 on, not {wrong[0]!r}.")
         if not self.directions:
             raise ValueError("a steering vector has a direction for at least one layer.")
         try:
@@ -65,9 +91,21 @@ class SteeringVector:
         object.__setattr__(self, "directions", made)
 
     def __getitem__(self, layer: int) -> mx.array:
+        if not _whole(layer):
+            raise TypeError(
+                f"vector[layer] is one layer's direction, not {layer!r}'s; vector.only([4, 5]) is a vector of fewer "
+                "layers."
+            )
         if layer not in self.directions:
-            raise KeyError(f"the vector has no direction for layer {layer}; it has {self.layers}")
+            counted = ", and layers count from 0" if layer < 0 else ""
+            raise KeyError(f"the vector has no direction for layer {layer}; it has {self.layers}{counted}")
         return self.directions[layer]
+
+    def __mlx_array__(self) -> NoReturn:
+        raise TypeError(
+            "a SteeringVector has several layers, and an array is asked for here: vector[layer] is one layer's "
+            "direction; to multiply by an array's number, put the vector first."
+        )
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.directions)
@@ -79,6 +117,42 @@ class SteeringVector:
     def layers(self) -> list[int]:
         """The layers that have a direction."""
         return list(self.directions)
+
+    def only(self, layers: int | Sequence[int] | Literal["all"]) -> SteeringVector:
+        """The same vector at fewer layers, with what is known of these.
+
+        Args:
+            layers: a layer, several, or ``"all"``.
+
+        Raises:
+            KeyError: the vector lacks a layer.
+            ValueError: they are no layers, or none.
+        """
+        kept = {layer: self[layer] for layer in self._chosen(layers)}
+        norms = {layer: norm for layer, norm in self.residual_norms.items() if layer in kept}
+        measured = {
+            name: {layer: value for layer, value in self.info[name].items() if int(layer) in kept}
+            for name in _MEASURED
+            if name in self.info
+        }
+        return SteeringVector(kept, self.site, norms, {**self.info, **measured})
+
+    def _chosen(self, layers: Any) -> list[int]:
+        """The layers that are asked for, each of which has a direction."""
+        if isinstance(layers, str) and layers == "all":
+            return self.layers
+        several = isinstance(layers, Iterable) and not isinstance(layers, str)
+        chosen = list(layers) if several else [layers]
+        if any(not _whole(layer) for layer in chosen):
+            raise ValueError(
+                f"layers are 'all', a layer, a list of layers such as {self.layers[:3]}, or a dict from layers to "
+                f"strengths, not {layers!r}."
+            )
+        if not chosen:
+            raise ValueError(f"{layers!r} names no layer, which would do nothing; there are {self.layers}.")
+        for layer in chosen:
+            self[layer]
+        return [int(layer) for layer in chosen]
 
     @property
     def width(self) -> int:
@@ -118,7 +192,8 @@ class SteeringVector:
         first, last = self.layers[0], self.layers[-1]
         origin = f" from {self.info['model']}" if "model" in self.info else ""
         each = f", one for each of {self.positions} positions" if self.positions is not None else ""
-        return f"SteeringVector({len(self)} layers, {first} to {last}, of width {self.width}{each}{origin})"
+        place = f", at {self.site}" if self.site != "layers.{layer}" else ""
+        return f"SteeringVector({len(self)} layers, {first} to {last}, of width {self.width}{place}{each}{origin})"
 
     def describe(self) -> str:
         """Where the vector comes from, and a table of its layers: length, residual norm, agreement, reliability."""
@@ -134,13 +209,14 @@ class SteeringVector:
             lines.append("  ".join([str(layer).rjust(len(names[0])), *cells]))
         return "\n".join(lines)
 
-    def check(self, model: Any) -> None:
+    def check(self, model: InterpretableModel) -> None:
         """Whether the vector belongs to a model.
 
         Args:
-            model: an `InterpretableModel`.
+            model: the model.
 
         Raises:
+            TypeError: it is no model.
             ValueError: the model has fewer layers, or another width at the vector's site.
             UnknownKey: the model has no such site.
 
@@ -149,11 +225,16 @@ class SteeringVector:
         """
         self._check(model, stacklevel=3)
 
-    def _check(self, model: Any, stacklevel: int) -> None:
+    def _check(self, model: InterpretableModel, stacklevel: int) -> None:
+        check_model(model)
         count = len(model.layers)
-        if self.layers[-1] >= count or self.info.get("layers", count) != count:
-            own = self.info.get("layers", f"directions up to layer {self.layers[-1]}")
+        if (own := self.info.get("layers", count)) != count:
             raise ValueError(f"the vector has {own} layers and {model.name} has {count}: it is another model's.")
+        if self.layers[-1] >= count:
+            raise ValueError(
+                f"the vector has a direction for layer {self.layers[-1]} and {model.name} has {count} layers, from 0 "
+                f"to {count - 1}: it is another model's."
+            )
         for layer in (self.layers[0], self.layers[-1]):
             width = model._sites.width(model._sites.resolve(self.site.format(layer=layer)))
             if width is not None and width != self.width:
@@ -161,9 +242,11 @@ class SteeringVector:
                     f"the vector is of width {self.width}, and {self.site.format(layer=layer)} of {model.name} of "
                     f"width {width}: it is another model's."
                 )
-        own, here = self.info, model.identity
+        told, here = self.info, model.identity
         said = [
-            f"{name} {own[name]!r} and not {here[name]!r}" for name in here if name in own and own[name] != here[name]
+            f"{name} {told[name]!r} and not {here[name]!r}"
+            for name in here
+            if name in told and told[name] != here[name]
         ]
         if said:
             warnings.warn(
@@ -176,7 +259,7 @@ class SteeringVector:
 
     def at(
         self,
-        layers: int | Sequence[int] | Mapping[int, float],
+        layers: int | Sequence[int] | Mapping[int, float] | Literal["all"],
         strength: float | Sequence[float] = 1.0,
         at: At = "all",
         *,
@@ -185,7 +268,7 @@ class SteeringVector:
         """A key dict that adds the vector.
 
         Args:
-            layers: a layer, several, or layer → strength.
+            layers: a layer, several, layer → strength, or ``"all"`` that the vector has.
             strength: multiplies them all; a number, or one per row of a batch.
             at: which tokens. A vector that has a direction per position is added at the front of the prompt, and takes
                 no other place.
@@ -194,30 +277,40 @@ class SteeringVector:
 
         Raises:
             KeyError: the vector lacks a layer.
-            ValueError: its residual norms are unknown and the unit is ``"residual"``.
+            TypeError: a strength is no number.
+            ValueError: they are no layers, or none; a direction is zero; the vector's residual norms are unknown and
+                the unit is ``"residual"``.
         """
         if unit not in ("raw", "residual"):
-            raise ValueError(f"unit is 'raw' or 'residual', not {unit!r}.")
+            raise ValueError(f"unit is 'raw' or 'residual', not {unit!r}.{hint(unit, ('raw', 'residual'))}")
+        strengths = dict.fromkeys(self._chosen(layers), 1.0)
         if isinstance(layers, Mapping):
-            strengths = dict(layers)
-        else:
-            chosen = [layers] if hasattr(layers, "__index__") and not hasattr(layers, "__len__") else layers
-            strengths = dict.fromkeys(chosen, 1.0)  # type: ignore[arg-type]
+            strengths = {int(layer): self._strength(layer, own) for layer, own in layers.items()}
         rows = [number(s, "a strength") for s in strength] if isinstance(strength, (list, tuple)) else None
         base = number(strength, "a strength") if rows is None else 0.0
         made: dict[str, Intervention] = {}
         for layer, own in strengths.items():
-            direction = self[int(layer)] if unit == "raw" else self._in_residual_units(int(layer))
+            if settled(self[layer]) and not self[layer].any().item():
+                raise ValueError(f"the direction of layer {layer} is zero: it adds nothing.")
+            direction = self[layer] if unit == "raw" else self._in_residual_units(layer)
             strong = base * own if rows is None else [row * own for row in rows]
             if self.positions is None:
-                made[self.site.format(layer=int(layer))] = AddVector(direction, strong, at=at)
+                made[self.site.format(layer=layer)] = AddVector(direction, strong, at=at)
                 continue
             if at not in ("all", "first"):
                 raise ValueError(
                     f"this vector has a direction for each of the first {self.positions} positions: no at=."
                 )
-            made[self.site.format(layer=int(layer))] = AddSequence(direction, strong)
+            made[self.site.format(layer=layer)] = AddSequence(direction, strong)
         return made
+
+    @staticmethod
+    def _strength(layer: int, strength: Any) -> float:
+        if isinstance(strength, (list, tuple)):
+            raise TypeError(
+                f"the strength of layer {layer} is a number; one for each row is strength={list(strength)!r}."
+            )
+        return number(strength, f"the strength of layer {layer}")
 
     def _in_residual_units(self, layer: int) -> mx.array:
         """The direction with the length of the layer's median norm."""
@@ -238,11 +331,22 @@ class SteeringVector:
     def _with(self, other: SteeringVector, change: Callable[[mx.array, mx.array], mx.array]) -> SteeringVector:
         if not isinstance(other, SteeringVector):
             return NotImplemented
-        if (other.site, other.layers, other.width) != (self.site, self.layers, self.width):
-            raise ValueError(f"{self} and {other} don't fit together: sites, layers and widths must be the same.")
+        told = [
+            (v.site, v.layers, v.width, f"each of {v.positions} positions" if v.positions else "all positions")
+            for v in (self, other)
+        ]
+        misfits = [
+            say.format(mine, theirs) for say, mine, theirs in zip(_MISFITS, *told, strict=True) if mine != theirs
+        ]
+        if misfits:
+            raise ValueError(f"the vectors don't fit together: {'; '.join(misfits)}.")
         made = self._map(lambda layer, direction: change(direction, other[layer]))
-        # What both say of themselves is true of what they make together; how reliable they were is not.
-        kept = {k: v for k, v in self.info.items() if k not in _MEASURED and other.info.get(k, v) == v}
+        # What both say of themselves is true of what they make together; what is said of their data is not.
+        kept = {
+            name: value
+            for name, value in self.info.items()
+            if name not in _OF_THE_DATA and (not other.info or other.info.get(name) == value)
+        }
         return SteeringVector(made.directions, self.site, self.residual_norms, kept)
 
     def __add__(self, other: SteeringVector) -> SteeringVector:
@@ -255,12 +359,14 @@ class SteeringVector:
         return self._with(other, lambda a, b: a - b)
 
     def __mul__(self, factor: float) -> SteeringVector:
-        return self._map(lambda _, direction: direction * factor)
+        by = _factor(factor)
+        return self._map(lambda _, direction: direction * by)
 
     __rmul__ = __mul__
 
     def __truediv__(self, factor: float) -> SteeringVector:
-        return self._map(lambda _, direction: direction / factor)
+        by = _factor(factor)
+        return self._map(lambda _, direction: direction / by)
 
     def __neg__(self) -> SteeringVector:
         return self._map(lambda _, direction: -direction)
@@ -276,12 +382,33 @@ class SteeringVector:
         return length
 
     def orthogonal_to(self, other: SteeringVector) -> SteeringVector:
-        """What is left of every direction without its component along the other's: ``v − ⟨v, ŵ⟩ŵ``."""
-        unit = other.normalized()
-        return self._with(unit, lambda a, b: a - mx.sum(a * b) * b)
+        """What is left of every direction without its component along the other's: ``v − ⟨v, ŵ⟩ŵ``.
+
+        Of a parallel direction nothing is left: what rounding leaves, below 10⁻⁶ of its length, is zero.
+
+        Raises:
+            TypeError: the other is no vector.
+            ValueError: they don't fit together, or a direction of the other is zero.
+        """
+        _needed("orthogonal_to", other)
+
+        def without(a: mx.array, b: mx.array) -> mx.array:
+            v, w = np.array(a, np.float64), np.array(b, np.float64)
+            w /= np.linalg.norm(w)
+            left = v - np.sum(v * w) * w
+            kept = np.linalg.norm(left) > _PARALLEL * np.linalg.norm(v)
+            return mx.array((left * kept).astype(np.float32))
+
+        return self._with(other.normalized(), without)
 
     def cosine(self, other: SteeringVector) -> dict[int, float]:
-        """Layer → cosine of the angle between the two directions."""
+        """Layer → cosine of the angle between the two directions.
+
+        Raises:
+            TypeError: the other is no vector.
+            ValueError: they don't fit together, or a direction is zero.
+        """
+        _needed("cosine", other)
         product = self.normalized()._with(other.normalized(), lambda a, b: a * b)
         sums: dict[int, Any] = {layer: mx.sum(direction).item() for layer, direction in product.directions.items()}
         return {layer: float(value) for layer, value in sums.items()}
@@ -294,12 +421,15 @@ class SteeringVector:
         - ``.safetensors`` holds everything.
         - ``.gguf`` is a control vector for llama.cpp and repeng: of the residual stream, without layer 0.
         - ``.npz`` and ``.npy`` hold the directions alone: an array for each layer, or a matrix with a row for each.
+          What is read back has no residual norms, so that ``unit="residual"`` is refused, and no info, so that it isn't
+          checked whether it is another model's, but for its layers and width.
 
         Returns:
             the path.
 
         Raises:
-            ValueError: nothing is written under this suffix, or its format can't hold the vector.
+            TypeError: the path is no path.
+            ValueError: nothing is written under this suffix, it is a folder, or its format can't hold the vector.
             FileNotFoundError: there is no such folder.
 
         Warns:
@@ -311,7 +441,12 @@ class SteeringVector:
 
     @classmethod
     def load(
-        cls, path: str | Path, *, model: Any = None, revision: str | None = None, filename: str | None = None
+        cls,
+        path: str | Path,
+        *,
+        model: InterpretableModel | None = None,
+        revision: str | None = None,
+        filename: str | None = None,
     ) -> SteeringVector:
         """Read a vector from a file, a folder, or a repository of the Hugging Face Hub. Nothing is unpickled.
 
@@ -319,12 +454,14 @@ class SteeringVector:
         and folders of them, and other ``.npz`` files with arrays named by layer.
 
         Args:
-            path: what exists here always comes first; else ``"user/repo"`` names a repository.
+            path: what exists here always comes first; else ``"user/repo"`` names a repository, where no folder here is
+                called ``user`` or a revision is named.
             model: the model that it is for, to `check` that it belongs to it.
             revision: a repository's branch, tag or commit.
             filename: which file of a folder or repository; by default ``vector.safetensors``, or the only vector in it.
 
         Raises:
+            TypeError: the path is no path, or the model no model.
             FileNotFoundError: there is no such file, folder or repository.
             ConnectionError: the Hub can't be reached.
             ValueError: the file is damaged, foreign, of a later version, or one of several; or of another model than
@@ -335,6 +472,8 @@ class SteeringVector:
         """
         from mlxsteer import formats
 
+        if model is not None:
+            check_model(model)
         vector = formats.load(path, revision=revision, filename=filename)
         if model is not None:
             vector._check(model, stacklevel=3)
@@ -362,6 +501,21 @@ class SteeringVector:
         return formats.push(self, repository, private=private, commit_message=commit_message)
 
 
+def _needed(what: str, other: Any) -> None:
+    if not isinstance(other, SteeringVector):
+        raise TypeError(f"{what} goes with a SteeringVector, not with {type(other).__name__}.")
+
+
+def _factor(value: Any) -> float:
+    """A number to multiply by; whether it is finite, the directions say."""
+    if isinstance(value, (np.ndarray, mx.array)) and value.ndim == 0:
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
+        given = repr(value) if isinstance(value, (str, bool)) or value is None else type(value).__name__
+        raise TypeError(f"a steering vector is multiplied or divided by a number, not by {given}.")
+    return float(value)
+
+
 def to_mean_norm(vectors: Sequence[SteeringVector]) -> list[SteeringVector]:
     """Vectors of several behaviours at equal lengths: at each layer every one is scaled to their mean length.
 
@@ -372,9 +526,14 @@ def to_mean_norm(vectors: Sequence[SteeringVector]) -> list[SteeringVector]:
         vectors: two or more, with the same site, layers and width.
 
     Raises:
+        TypeError: they are no list of vectors.
         ValueError: they don't fit together, or a direction is zero.
     """
+    if isinstance(vectors, (SteeringVector, Mapping, str)) or not isinstance(vectors, Iterable):
+        raise TypeError(f"to_mean_norm takes a list of vectors, not {type(vectors).__name__}.")
     given = list(vectors)
+    if wrong := [vector for vector in given if not isinstance(vector, SteeringVector)]:
+        raise TypeError(f"to_mean_norm takes a list of vectors, and one of them is {type(wrong[0]).__name__}.")
     if not given:
         raise ValueError("to_mean_norm takes several vectors, and there are none.")
     for vector in given[1:]:

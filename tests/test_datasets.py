@@ -81,13 +81,25 @@ def test_an_unknown_set_is_refused_with_the_nearest() -> None:
 
 @pytest.mark.parametrize("name", ["", "zzzz", "../pocket/model/config", "sentiment.jsonl", "Sentiment/", "/etc/hosts"])
 def test_a_name_that_is_no_set_is_refused(name: str) -> None:
-    with pytest.raises(ValueError, match=r"no contrast set called .* Nearest:"):
-        ms.datasets.load(name)
+    for attempt in (ms.datasets.load, ms.datasets.card):
+        with pytest.raises(
+            ValueError, match=r"no contrast set called .* (Nearest: .*sentiment|datasets\.available\(\) lists)"
+        ):
+            attempt(name)
+
+
+def test_what_is_no_name_is_refused() -> None:
+    for wrong in (None, 3, ["sentiment"]):
+        for attempt in (ms.datasets.load, ms.datasets.card):
+            with pytest.raises(TypeError, match="a contrast set is named by a text such as 'sentiment', not "):
+                attempt(wrong)  # type: ignore[arg-type]
 
 
 def test_an_unknown_split_is_refused_with_those_there_are() -> None:
     with pytest.raises(ValueError, match=r"sentiment has no split 'test'; it has \['choose', 'report', 'train'\]"):
         ms.datasets.load("sentiment", "test")
+    with pytest.raises(ValueError, match=r"sentiment has no split 'trian'.*Nearest: train"):
+        ms.datasets.load("sentiment", "trian")
 
 
 # -- pairs -----------------------------------------------------------------------------------------------------------

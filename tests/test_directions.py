@@ -19,7 +19,7 @@ from sklearn.linear_model import LogisticRegression
 from test_extraction import close, directions, ids, tokenizer
 from test_extraction import streams as bare_streams
 
-from mlxsteer import ContrastPair, InterpretableModel, SteeringVector, extract, separation
+from mlxsteer import ContrastPair, InterpretableModel, SteeringVector, estimate, extract, separation
 from mlxsteer import directions as methods
 from mlxsteer.directions import Readings
 
@@ -505,11 +505,16 @@ def test_what_is_no_direction_is_refused(llama: InterpretableModel) -> None:
 
 @pytest.mark.parametrize(
     ("wrong", "nearest"),
-    [("mean_diference", "mean_difference"), ("pca", "pca_centre"), ("Probe", "probe"), ("zzz", "lat, mean_centred")],
+    [
+        ("mean_diference", "Nearest: mean_difference"),
+        ("pca", "Nearest: .*pca_centre"),
+        ("Probe", "Nearest: probe"),
+        ("zzz", "There are lat, mean_centred"),
+    ],
 )
 def test_a_wrong_name_lists_the_nearest(llama: InterpretableModel, wrong: str, nearest: str) -> None:
     for attempt in (lambda: extract(llama, PAIRS, method=wrong), lambda: methods.describe(wrong)):
-        with pytest.raises(ValueError, match=f"no method is called '{wrong}'. Nearest: .*{nearest}"):
+        with pytest.raises(ValueError, match=f"no method is called '{wrong}'. {nearest}"):
             attempt()
 
 
@@ -664,3 +669,87 @@ def test_a_vector_by_position_takes_no_other_place(llama: InterpretableModel) ->
     with pytest.raises(ValueError, match="needs one direction per layer"):
         separation(llama, vector, PAIRS)
     assert SteeringVector({0: mx.ones(3)}).positions is None
+
+
+def test_single_runs_every_block_once_and_reads_norms_of_real_tokens_only(model: InterpretableModel) -> None:
+    ran: list[int] = []
+    seen: list[tuple[int, int]] = []
+    with tiny.by_hand(model.model.layers[0], lambda h: ran.append(h.shape[0]) or h):  # type: ignore[func-returns-value]
+        vector = extract(model, [LONG], method="single", progress=lambda done, total: seen.append((done, total)))
+    assert ran == ([1, 1] if model.name == "gemma2" else [2])  # whose rows are run one at a time
+    assert seen[-1] == (2, 2)
+    real = [streams(model, ids(text))[:, 1:] for text in (LONG.positive, LONG.negative)]
+    expected = np.median(np.linalg.norm(np.concatenate(real, axis=1), axis=-1), axis=1)
+    np.testing.assert_allclose(list(vector.residual_norms.values()), expected, rtol=1e-4)
+
+
+def test_single_takes_no_read_and_no_more_memory_than_there_is(llama: InterpretableModel) -> None:
+    with pytest.raises(ValueError, match="single reads every position: leave read= out"):
+        extract(llama, [LONG], method="single", read="mean")
+    with pytest.raises(ValueError, match="single takes no background set"):
+        extract(llama, [LONG], method="single", background=["a"])
+    with pytest.raises(MemoryError, match="single would take about .* fewer layers or a shorter pair"):
+        extract(llama, [LONG], method="single", memory=1000)
+    found = estimate(llama, [LONG], method="single")
+    assert (found.texts, found.tokens, found.batches) == (2, 24 - 2, 1)
+    assert found.kept_bytes >= 4 * 4 * 64 * 11
+    mx.synchronize()
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    extract(llama, [LONG], method="single")
+    assert mx.get_peak_memory() - before <= found.batch_bytes + found.kept_bytes
+
+
+def test_mean_centring_takes_a_positive_side_and_a_background_alone(llama: InterpretableModel) -> None:
+    texts = ["so good", "i like it", "thanks a lot"]
+    vector = extract(llama, positive=texts, background=BACKGROUND, method="mean_centred")
+    close(directions(vector), last_rows(llama, texts).mean(0) - last_rows(llama, BACKGROUND).mean(0), size_of(llama))
+    assert (vector.info["positive"], vector.info["background"]) == (3, len(BACKGROUND))
+    assert "negative" not in vector.info
+    assert (vector.agreement, vector.reliability) == ({}, {})
+    whole = extract(llama, positive=texts, negative=["no"], background=BACKGROUND, method="mean_centred")
+    close(directions(vector), directions(whole), size_of(llama))
+    with pytest.raises(TypeError, match="mean_difference needs a negative side"):
+        extract(llama, positive=texts, background=BACKGROUND)
+    with pytest.raises(ValueError, match="mean_centred needs a background set"):
+        extract(llama, positive=texts, method="mean_centred")
+    with pytest.raises(TypeError, match="takes positive= and negative= together"):
+        extract(llama, negative=texts, background=BACKGROUND, method="mean_centred")
+
+
+@pytest.mark.usefixtures("_registry")
+def test_a_method_without_a_name_is_not_registered() -> None:
+    def bare(given: Readings) -> np.ndarray:
+        return given.difference
+
+    for name in (bare, "", None, 3):
+        with pytest.raises(TypeError, match=r"a method is registered by a name: @register\('name'\)"):
+            methods.register(name)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("elsewhere", "here"),
+    [("caa", "mean_difference"), ("DiffMean", "mean_difference"), ("actadd", "single"), ("repe", "pca_difference"),
+     ("lda", "whitened"), ("logistic", "probe")],
+)  # fmt: skip
+def test_names_that_other_projects_use_lead_to_ours(elsewhere: str, here: str) -> None:
+    with pytest.raises(ValueError, match=f"no method is called '{elsewhere}'. It is {here} here"):
+        methods.find(elsewhere)
+
+
+def test_single_is_a_method_like_the_others() -> None:
+    assert methods.find("single").name == "single"
+    with pytest.raises(ValueError, match="no method is called 'singel'. Nearest: single"):
+        methods.find("singel")
+
+
+def test_info_keeps_what_a_partial_sets_and_a_chat(llama: InterpretableModel, pocket: InterpretableModel) -> None:
+    vector = extract(llama, PAIRS, method=functools.partial(methods.probe, C=np.float64(0.5)))
+    assert (vector.info["method"], vector.info["parameters"]) == ("probe", {"C": 0.5})
+    odd = extract(llama, PAIRS, method=functools.partial(lambda given, how: given.difference, how=len))
+    assert odd.info["parameters"] == {"how": repr(len)}
+    assert "parameters" not in extract(llama, PAIRS).info
+    assert "chat" not in extract(llama, PAIRS).info
+    asked = extract(pocket, [ContrastPair("How?", "Good.", "Bad.")], layers=2, chat=True)
+    assert asked.info["chat"] is True

@@ -33,6 +33,7 @@ from mlxsteer import (
     datasets,
     estimate,
     extract,
+    mean_activations,
     moments,
     separation,
     to_mean_norm,
@@ -157,7 +158,7 @@ def test_running_the_shared_beginning_once_changes_nothing(
     norms = np.array(list(once.residual_norms.values()))
     assert (np.linalg.norm(directions(once) - directions(twice), axis=-1) / norms).max() <= tolerance
     np.testing.assert_allclose(norms, list(twice.residual_norms.values()), rtol=1e-5 if tolerance < 1e-4 else 2e-2)
-    if family == "gemma2":  # its rows are run one at a time
+    if not model._sites.family.batch:  # its rows are run one at a time
         assert tokens[0] == tokens[1]
     else:
         assert tokens[0] < 0.7 * tokens[1]
@@ -172,12 +173,11 @@ def test_running_the_shared_beginning_once_changes_nothing(
 def test_a_shared_beginning_that_is_read_too(
     llama: InterpretableModel, method: str, read: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pairs = [*SHARING, *PAIRS] if read != 3 else SHARING
-    if read == 3 and method == "whitened":
-        pairs = PAIRS  # at a token that all sides share there is no covariance
-    once = extract(llama, [p for p in pairs if p.positive and p.negative], method=method, read=read)
+    given = [*SHARING, *PAIRS] if read != 3 else PAIRS  # what all sides share, read, would be no contrast
+    pairs = [pair for pair in given if pair.positive and pair.negative]
+    once = extract(llama, pairs, method=method, read=read)
     monkeypatch.setattr(room, "SHORTEST_SHARED", 10**6)
-    twice = extract(llama, [p for p in pairs if p.positive and p.negative], method=method, read=read)
+    twice = extract(llama, pairs, method=method, read=read)
     close(directions(once), directions(twice), size_of(llama))
 
 
@@ -308,10 +308,21 @@ WRONG_PLACES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "heads": ({"site": "layers.{layer}.attn.heads"}, ValueError, r"shape .*activations are \(batch, tokens, features"),
     "no such layer": ({"layers": 4}, ValueError, "there is no layer 4: the model has 4, from 0 to 3"),
     "none such from the end": ({"layers": [0, -5]}, ValueError, "there is no layer -5"),
-    "no layers": ({"layers": []}, ValueError, r"layers are 'all', a layer, or a list of layers, not \[\]"),
+    "no layers": ({"layers": []}, ValueError, r"layers are 'all', a layer, or a list of layers such as .*, not \[\]"),
     "a word": ({"layers": "last"}, ValueError, "not 'last'"),
     "a half": ({"layers": [1.5]}, ValueError, r"not \[1\.5\]"),
     "truth": ({"layers": [True]}, ValueError, r"not \[True\]"),
+    "a range in words": ({"layers": "1-3"}, ValueError, r"such as \[1, 2, 3\], not '1-3'"),
+    "a list in words": ({"layers": "1, 3"}, ValueError, r"such as \[1, 3\], not '1, 3'"),
+    "a fraction": ({"layers": 1.5}, ValueError, r"not 1\.5"),
+    "nothing": ({"layers": None}, ValueError, "not None"),
+    "a slice": ({"layers": slice(1, 3)}, ValueError, "not slice"),
+    "no site": ({"site": None}, ValueError, "site is 'residual'.*not None"),
+    "a number for a site": ({"site": 3}, ValueError, "site is 'residual'.*not 3"),
+    "a slip": ({"site": "mpl"}, ValueError, r"not 'mpl'\. Nearest: mlp"),
+    "another": ({"site": "atn"}, ValueError, r"not 'atn'\. Nearest: attn"),
+    "a short one": ({"site": "resid"}, ValueError, r"not 'resid'\. Nearest: residual"),
+    "more to fill in": ({"site": "layers.{layer}.{part}"}, ValueError, "site is 'residual'"),
 }
 
 
@@ -327,7 +338,7 @@ def test_places_that_are_not_there_are_refused(
 
 # -- which token is read -----------------------------------------------------------------------------------------------
 
-FULL = [p for p in PAIRS if p.prompt and p.positive and p.negative]
+FULL = [*(p for p in PAIRS if p.prompt and p.positive and p.negative), ContrastPair("what a day", "!", ".")]
 """Pairs with a prompt and two completions."""
 o = ids("o")[1]
 READS: dict[str, tuple[Any, Callable[[list[int], int], list[int]]]] = {
@@ -372,7 +383,9 @@ WRONG_READS: dict[str, tuple[Any, str]] = {
     "nothing": (None, "not None"),
     "behind the end": (40, r"read=40: a text has only \d+ tokens"),
     "before the beginning": (-40, r"read=-40: a text has only \d+ tokens"),
-    "callable behind the end": (lambda tokens: [0, len(tokens)], r"read=index \d+: a text has only"),
+    "callable behind the end": (lambda tokens: [0, len(tokens)], r"read= gave index \d+, and a text has only"),
+    "a slip": ("lsat", "not 'lsat'. Nearest: last"),
+    "capitals": ("Last", "not 'Last'. Nearest: last"),
     "callable that chooses none": (lambda tokens: [], "the callable gave .* for a text; it gives one index or several"),
     "callable that masks all": (lambda tokens: [False] * len(tokens), "it gives one index or several"),
     "callable of fractions": (lambda tokens: 0.5, r"the callable gave 0\.5"),
@@ -397,12 +410,23 @@ def test_where_there_is_no_completion_none_can_be_read(llama: InterpretableModel
             lambda read=read: extract(llama, positive=["a b"], negative=["c d"], read=read),
             lambda read=read: activations(llama, ["a b"], "layers.0", read=read),
         ):
-            with pytest.raises(ValueError, match=f"read='{read}' {verb} .*have none: read='last'"):
+            instead = {"mean": "read='all' averages over all", "first": "read='last' reads the last token"}[read]
+            with pytest.raises(ValueError, match=f"read='{read}' {verb} a completion, and these texts .*: {instead}"):
                 attempt()
-    # Of an empty completion the last token is there to read all the same.
-    empty = extract(llama, [ContrastPair("what a day", "!", "")], read="mean")
-    expected = streams(llama, ids("what a day!"))[:, -1] - streams(llama, ids("what a day"))[:, -1]
-    close(directions(empty), expected, size_of(llama))
+        for pairs, number, side in (
+            ([PAIRS[0], ContrastPair("what a day", "!", "")], 1, "negative"),
+            ([ContrastPair("what a day", "", "!")], 0, "positive"),
+        ):
+            for attempt in (
+                lambda read=read, pairs=pairs: extract(llama, pairs, read=read),
+                lambda read=read, pairs=pairs: estimate(llama, pairs, read=read),
+                lambda read=read, pairs=pairs: separation(llama, SteeringVector({0: mx.ones(64)}), pairs, read=read),
+            ):
+                with pytest.raises(ValueError, match=f"pair {number}: read='{read}' {verb}.*its {side} one is empty"):
+                    attempt()
+    assert extract(llama, [ContrastPair("", "yes", "no")], read="mean").layers == [0, 1, 2, 3]
+    split = [replace(PAIRS[0], split="train"), replace(PAIRS[3], split="report")]
+    assert extract(llama, split, read="mean").info["pairs"] == 1
 
 
 def test_chat_makes_prompts_a_users_messages(pocket: InterpretableModel) -> None:
@@ -475,7 +499,8 @@ WRONG_TEXTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "the other half": ({"labels": [1]}, TypeError, "takes texts= and labels= together"),
     "a text": ({"positive": "good", "negative": BAD}, TypeError, r"positive= is a list of texts, not one str"),
     "empty": ({"positive": GOOD, "negative": []}, ValueError, "negative= is empty"),
-    "one side": ({"texts": GOOD, "labels": [1, 1, 1]}, ValueError, "negative= is empty"),
+    "one side": ({"texts": GOOD, "labels": [1, 1, 1]}, ValueError, "no label is False or 0: .* negative side"),
+    "the other side": ({"texts": GOOD, "labels": [0, 0, 0]}, ValueError, "no label is True or 1: .* positive side"),
     "lengths": ({"texts": GOOD, "labels": [1, 0]}, ValueError, "there are 3 texts and 2 labels"),
     "label": ({"texts": GOOD, "labels": [1, 0, 2]}, ValueError, "not 2"),
     "word": ({"texts": GOOD, "labels": ["yes", "no", "no"]}, ValueError, "not 'yes'"),
@@ -483,7 +508,30 @@ WRONG_TEXTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "a name": ({"pairs": "pocket/sentiment"}, TypeError, r"datasets\.load\('pocket/sentiment'\)"),
     "tuples": ({"pairs": [("a", "b", "c")]}, TypeError, "list of ContrastPair"),
     "same tokens": ({"pairs": [ContrastPair("a", "§", "¶")]}, ValueError, "the same tokens: there is no contrast"),
-    "an empty text": ({"positive": [""], "negative": BAD}, ValueError, "the prompt is empty"),
+    "an empty text": ({"positive": ["a", ""], "negative": BAD}, ValueError, "positive=, text 1: the prompt is empty"),
+    "no text": ({"positive": ["a", 3], "negative": BAD}, TypeError, "positive=, text 1: a prompt is a string"),
+    "an empty background": (
+        {"pairs": PAIRS, "background": [""], "method": "mean_centred"},
+        ValueError,
+        "background=, text 0: the prompt",
+    ),
+    "a background of one text": (
+        {"pairs": PAIRS, "background": "a", "method": "mean_centred"},
+        TypeError,
+        "background= is a list of texts",
+    ),
+    "no list": ({"positive": 3, "negative": BAD}, TypeError, "positive= is a list of texts, not 3"),
+    "one pair": ({"pairs": PAIRS[0]}, TypeError, r"contrast pairs are a list of ContrastPair; one pair is \[pair\]"),
+    "no pairs at all": ({"pairs": 3}, TypeError, "contrast pairs are a list of ContrastPair.*, not 3"),
+    "memory": (
+        {"pairs": PAIRS, "memory": "1GB"},
+        ValueError,
+        r"memory is a number of bytes, such as 8_000_000_000, not '1GB'",
+    ),
+    "a seed": ({"pairs": PAIRS, "seed": "a"}, ValueError, "a seed is a whole number from 0 on, not 'a'"),
+    "a negative seed": ({"pairs": PAIRS, "seed": -1}, ValueError, "a seed is a whole number from 0 on, not -1"),
+    "chat": ({"pairs": PAIRS, "chat": "yes"}, TypeError, "chat is True or False, not 'yes'"),
+    "progress": ({"pairs": PAIRS, "progress": "yes"}, TypeError, "progress is True, False or a function, not 'yes'"),
     "budget": ({"pairs": PAIRS, "batch_tokens": 0}, ValueError, "batch_tokens is a number of tokens from 1 on, not 0"),
     "half a token": ({"pairs": PAIRS, "batch_tokens": 1.5}, ValueError, r"from 1 on, not 1\.5"),
 }
@@ -514,14 +562,32 @@ def test_agreement_of_pairs_that_say_the_same_is_1_and_of_opposite_ones_negative
     pair = SHARING[0]
     assert extract(llama, [pair] * 3).agreement == pytest.approx(dict.fromkeys(range(4), 1.0), abs=1e-5)
     opposite = ContrastPair(pair.prompt, pair.negative, pair.positive)
-    assert extract(llama, [pair, opposite]).agreement == pytest.approx(dict.fromkeys(range(4), -1.0), abs=1e-5)
+    found = extract(llama, [pair, pair, opposite]).agreement  # of three couples, one agrees and two oppose
+    assert found == pytest.approx(dict.fromkeys(range(4), -1 / 3), abs=1e-5)
 
 
 def test_agreement_of_differences_that_are_zero_is_zero(llama: InterpretableModel) -> None:
-    vector = extract(llama, SHARING, read=0)  # BOS: the same on both sides
+    vector = extract(llama, [SHARING[0], SHARING[2], PAIRS[2]], read=3)  # of the first two, 3 lies in the shared prompt
     assert vector.agreement == dict.fromkeys(range(4), 0.0)
-    assert vector.reliability == dict.fromkeys(range(4), 0.0)
-    assert vector.norms == dict.fromkeys(range(4), 0.0)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_sides_that_read_the_same_are_refused_before_anything_runs(family: str) -> None:
+    model = InterpretableModel(tiny.build(family), tokenizer())
+    with forbidden(*model.model.layers):
+        for read in (0, 1, lambda tokens: [1, 3]):
+            with pytest.raises(ValueError, match=r"both sides of every pair read the same.*lies in what they share"):
+                extract(model, SHARING, read=read)
+
+
+def test_a_direction_that_is_zero_everywhere_is_refused(llama: InterpretableModel) -> None:
+    opposite = ContrastPair(SHARING[0].prompt, SHARING[0].negative, SHARING[0].positive)
+    for sides in ({"pairs": [SHARING[0], opposite]}, {"positive": ["a b", "c"], "negative": ["c", "a b"]}):
+        with pytest.raises(ValueError, match="zero at every layer: both sides read the same on average"):
+            extract(llama, **sides)
+    none = SteeringVector({1: mx.ones(64), 2: mx.zeros(64)})
+    with pytest.raises(ValueError, match="the direction of layer 2 is zero: it tells nothing apart"):
+        separation(llama, none, PAIRS)
 
 
 def halves_by_hand(positive: np.ndarray, negative: np.ndarray, matched: bool, seed: int) -> np.ndarray:
@@ -662,8 +728,9 @@ def test_an_estimate_counts_texts_tokens_and_batches(llama: InterpretableModel) 
     few = estimate(llama, [*pairs, ContrastPair("", "a", "bc")], batch_tokens=1)
     assert (few.texts, few.tokens, few.batches) == (6, 26 + 2 + 3, 3)
     assert few.batch_bytes < found.batch_bytes
-    late = estimate(llama, pairs, read=5)  # the shared beginning ends before the first token that is read
-    assert late.tokens == 4 * 12 - 2 - 2 * 5
+    # The shared beginning ends before the first token that is read.
+    late = estimate(llama, [*pairs, ContrastPair("", "abcdefg", "gfedcba")], read=5)
+    assert late.tokens == 4 * 12 - 2 - 2 * 5 + 2 * 8
     assert str(found).startswith("4 texts, 26 tokens in 1 batches; about ")
 
 
@@ -774,7 +841,7 @@ def test_a_vector_knows_its_model(llama: InterpretableModel, vector: SteeringVec
     ):
         with pytest.raises(ValueError, match=f"{sentence}.*another model's"):
             vector.check(InterpretableModel(tiny.build("llama", **changes), tokenizer()))
-    with pytest.raises(ValueError, match="directions up to layer 9 layers and llama has 4"):
+    with pytest.raises(ValueError, match="the vector has a direction for layer 9 and llama has 4 layers"):
         SteeringVector({9: mx.ones(64)}).check(llama)
     with pytest.raises(UnknownKey, match=r"layers\.0\.mlp"):
         SteeringVector({0: mx.ones(64)}, "layers.{layer}.mlp").check(
@@ -815,7 +882,6 @@ def test_residual_units_need_a_norm_and_a_direction(vector: SteeringVector) -> N
         SteeringVector({1: mx.ones(3)}, residual_norms={0: 2.0}).at(1, unit="residual")
     with pytest.raises(ValueError, match="direction of layer 1 is zero"):
         SteeringVector({1: mx.zeros(3)}, residual_norms={1: 2.0}).at(1, unit="residual")
-    assert SteeringVector({1: mx.zeros(3)}).at(1)["layers.1"].strength == 1.0
     for wrong in ("a", None, True, float("nan")):
         with pytest.raises((TypeError, ValueError), match="a strength is a"):
             vector.at(1, wrong)  # type: ignore[arg-type]
@@ -901,7 +967,7 @@ def test_activations_are_read_where_told_of_any_texts(llama: InterpretableModel,
 
 
 def test_activations_that_can_not_be_are_refused_and_progress_is_told(llama: InterpretableModel) -> None:
-    with pytest.raises(TypeError, match=r"texts are a list; one text is \[text\]"):
+    with pytest.raises(TypeError, match=r"texts= is a list of texts, not one str: one text is \[text\]"):
         activations(llama, "a text", "layers.1")
     with pytest.raises(ValueError, match="there are no texts"):
         activations(llama, [], "layers.1")
@@ -945,7 +1011,7 @@ def test_auroc_of_the_plain_cases() -> None:
 @pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("read", ["last", "mean"])
 def test_separation_is_the_auroc_of_projections(llama: InterpretableModel, budget: int, read: str) -> None:
-    vector = extract(llama, PAIRS, read=read, layers=[1, 3])
+    vector = extract(llama, FULL, read=read, layers=[1, 3])
     pairs = [*SHARING, FULL[0], *(ContrastPair("a day", a, b) for a, b in ((" so", " no"), (" x.", " y"), ("!", ",")))]
     labels, projections = [], []
     for pair in pairs:
@@ -1008,3 +1074,78 @@ def test_a_median_norm_of_many_tokens_is_that_of_every_second(
     assert max(kept) <= 40
     close(directions(part), directions(whole), size_of(llama))
     np.testing.assert_allclose(list(part.residual_norms.values()), list(whole.residual_norms.values()), rtol=0.15)
+
+
+# -- what goes in ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wrong", ["pocket", None, PAIRS, "a module"], ids=["name", "none", "pairs", "module"])
+def test_only_a_model_is_a_model(llama: InterpretableModel, vector: SteeringVector, wrong: Any) -> None:
+    wrong = llama.model if wrong == "a module" else wrong
+    for attempt in (
+        lambda: extract(wrong, PAIRS),
+        lambda: extract(wrong, llama),
+        lambda: estimate(wrong, PAIRS),
+        lambda: separation(wrong, vector, PAIRS),
+        lambda: activations(wrong, ["a"], "layers.0"),
+        lambda: mean_activations(wrong, ["a"], "layers.0"),
+    ):
+        with pytest.raises(
+            TypeError, match=r"model is an InterpretableModel, such as InterpretableModel\('pocket'\), not"
+        ):
+            attempt()
+
+
+def test_separation_takes_a_vector_of_the_model(llama: InterpretableModel, vector: SteeringVector) -> None:
+    for wrong in (vector[1], PAIRS, None):
+        with pytest.raises(TypeError, match="separation takes a SteeringVector, not"):
+            separation(llama, wrong, PAIRS)  # type: ignore[arg-type]
+    with (
+        forbidden(*llama.model.layers),
+        pytest.raises(ValueError, match=r"of width 32, and layers\.1 of llama of width 64"),
+    ):
+        separation(llama, SteeringVector({1: mx.ones(32)}), PAIRS)
+    with pytest.warns(VectorMismatchWarning, match="model 'another'") as seen:
+        separation(llama, replace(vector, info={**vector.info, "model": "another"}), PAIRS)
+    assert seen[0].filename == __file__
+
+
+def test_activations_take_keys_texts_and_switches(llama: InterpretableModel) -> None:
+    for read in (activations, mean_activations):
+        with pytest.raises(ValueError, match=r"no keys: give at least one, such as 'layers\.5'"):
+            read(llama, ["a"], [])
+        for wrong in (2, None, [2]):
+            with pytest.raises(TypeError, match=r"keys are a key such as 'layers\.5', or a list of keys, not "):
+                read(llama, ["a"], wrong)  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match=r"one text is \[text\]"):
+            read(llama, "a b", "layers.1")
+        with pytest.raises(ValueError, match="there are no texts: give at least one"):
+            read(llama, [], "layers.1")
+        with pytest.raises(TypeError, match="a list of texts, not 3"):
+            read(llama, 3, "layers.1")  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="batch_tokens is a number of tokens from 1 on, not 'a'"):
+            read(llama, ["a"], "layers.1", batch_tokens="a")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="texts=, text 1: the prompt is empty"):
+        activations(llama, ["a", ""], "layers.1")
+    with pytest.raises(TypeError, match="chat is True or False, not 'yes'"):
+        activations(llama, ["a"], "layers.1", chat="yes")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="skip_bos is True or False, not 1"):
+        mean_activations(llama, ["a"], "layers.1", skip_bos=1)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="at='first' chooses no token .*skip_bos=False"):
+        mean_activations(llama, ["a"], "layers.1", at="first")
+
+
+def test_an_estimate_takes_what_extract_takes(llama: InterpretableModel) -> None:
+    sides = {"positive": ["abc", "de"], "negative": ["f"]}
+    apart = estimate(llama, **sides)
+    marked = estimate(llama, texts=["f", "abc", "de"], labels=[0, 1, 1], seed=3)
+    assert (marked.texts, marked.tokens, marked.batches) == (apart.texts, apart.tokens, apart.batches)
+    with_background = estimate(llama, **sides, background=["abcdefgh", "x"], method="mean_centred")
+    assert (with_background.texts, with_background.tokens, with_background.batches) == (5, 9 + 9 + 2, 2)
+    assert with_background.batch_bytes > apart.batch_bytes
+    with pytest.raises(ValueError, match="mean_difference takes no background set"):
+        estimate(llama, **sides, background=["a"])
+    with pytest.raises(ValueError, match="pca_difference needs matched pairs"):
+        estimate(llama, **sides, method="pca_difference")
+    with pytest.raises(ValueError, match="memory is a number of bytes"):
+        estimate(llama, **sides, memory="1GB")  # type: ignore[arg-type]

@@ -129,7 +129,6 @@ REFUSED: dict[str, tuple[Callable[[], SteeringVector], str, str]] = {
     "gguf, another site": (lambda: vector(site="layers.{layer}.mlp"), ".gguf", r"belongs to 'layers\.{layer}\.mlp'"),
     "gguf, positions": (lambda: SteeringVector({1: mx.ones((2, 3))}), ".gguf", "one for each position"),
     "gguf, layer 0 only": (lambda: vector((0,)), ".gguf", r"layers from 1 on, and this vector has \[0\]"),
-    "gguf, negative": (lambda: vector((-1, 2)), ".gguf", r"layers from 1 on, and this vector has \[-1, 2\]"),
     "npy, another site": (lambda: vector((0, 1), site="layers.{layer}.mlp"), ".npy", "can't say where"),
     "npy, a gap": (lambda: vector((0, 2)), ".npy", r"every layer from 0 on, and this vector has \[0, 2\]"),
     "npy, positions": (lambda: SteeringVector({0: mx.ones((2, 3))}), ".npy", "a direction for each position"),
@@ -768,6 +767,45 @@ def test_what_exists_here_wins_over_a_repository(tmp_path: Path, monkeypatch: py
         SteeringVector.load("user/repo", revision="main")
     with pytest.raises(ValueError, match=r"any\.gguf is a file"):
         SteeringVector.load("user/repo/any.gguf", filename="x.gguf")
+
+
+@pytest.mark.usefixtures("offline")
+def test_a_slip_in_a_path_names_the_files_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "user").mkdir()
+    vector().save(tmp_path / "user" / "v.safetensors")
+    for path in ("user/v.safetensor", "user/v", "user/v.gguf", tmp_path / "user" / "v"):
+        with pytest.raises(FileNotFoundError, match=r"there is no file .*user/v.*\. Nearest: v\.safetensors"):
+            SteeringVector.load(path)
+    with pytest.raises(FileNotFoundError, match=r"there is no file user/other.*revision= .* Hub"):
+        SteeringVector.load("user/other")
+
+
+def test_a_repository_is_asked_for_where_its_revision_is_named(
+    fake: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "user").mkdir()
+    vector().push_to_hub("user/repo")
+    assert bits(SteeringVector.load("user/repo", revision="main")) == bits(vector())
+
+
+def test_what_is_no_vector_file_says_what_it_is(tmp_path: Path) -> None:
+    (tmp_path / "v").mkdir()
+    for path in (tmp_path / "v", str(tmp_path / "new") + "/"):
+        with pytest.raises(ValueError, match="is a folder: name a file in it, such as .*vector.safetensors"):
+            vector().save(path)
+    for suffix in (".pt", ".txt"):
+        with pytest.raises(ValueError, match="a vector is saved as a .* file") as caught:
+            vector().save(tmp_path / f"v{suffix}")
+        assert "nearest" not in str(caught.value)
+    pairs = [{"positive": "a", "negative": "b"}]
+    (tmp_path / "a.json").write_text(json.dumps(pairs), "utf-8")
+    (tmp_path / "b.json").write_text(json.dumps({"behavior": "x", "pairs": pairs}), "utf-8")
+    (tmp_path / "c.jsonl").write_text(json.dumps(pairs[0]), "utf-8")
+    for name in ("a.json", "b.json", "c.jsonl"):
+        with pytest.raises(ValueError, match=rf"{name}.* datasets\.read reads contrast pairs"):
+            SteeringVector.load(tmp_path / name)
 
 
 def test_folders_without_one_vector_say_what_they_hold(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import tiny
 from sklearn.metrics import roc_auc_score
 from test_extraction import ids, streams, tokenizer
 
-from mlxsteer import InterpretableModel, datasets, extract
+from mlxsteer import InterpretableModel, SteeringVector, datasets, extract
 from mlxsteer import interventions as iv
 from mlxsteer.lens import Lens, LensTokens
 from mlxsteer.pairs import in_split
@@ -174,6 +174,13 @@ REFUSED: dict[str, tuple[Any, str]] = {
 def test_what_can_not_be_looked_at_is_refused(llama: InterpretableModel, look: Any, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         look(llama.lens)
+
+
+def test_a_whole_vector_is_no_direction(llama: InterpretableModel) -> None:
+    vector = SteeringVector({1: mx.ones(64), 2: mx.ones(64)})
+    for look in (llama.lens.tokens, llama.lens.logits):
+        with pytest.raises(TypeError, match=r"has several layers, .*vector\[layer\]"):
+            look(vector)
 
 
 def test_steering_around_the_lens_does_not_reach_into_it_and_the_model_stays_as_it_was(

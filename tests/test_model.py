@@ -17,6 +17,7 @@ import tiny
 import mlxsteer as ms
 from mlxsteer import ContextLengthWarning, InterpretableModel, UnsupportedModel
 from mlxsteer import interventions as iv
+from mlxsteer import pocket as pocket_room
 from mlxsteer.model import POCKET
 
 
@@ -186,3 +187,16 @@ def test_the_package_says_its_version_and_what_it_exports() -> None:
     pyproject = (Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8")
     assert f'version = "{ms.__version__}"' in pyproject
     assert json.loads((POCKET / "config.json").read_text())["model_type"] == "llama"
+
+
+def test_a_changed_file_of_the_bundled_model_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy = tmp_path / "model"
+    shutil.copytree(POCKET, copy)
+    monkeypatch.setattr(pocket_room, "FOLDER", copy)
+    assert pocket_room.verified() == copy
+    (copy / "config.json").write_text((copy / "config.json").read_text() + " ")
+    with pytest.raises(OSError, match=r"config\.json is damaged or was changed"):
+        ms.InterpretableModel("pocket")
+    (copy / "config.json").unlink()
+    with pytest.raises(OSError, match=r"config\.json is missing"):
+        ms.InterpretableModel("pocket")

@@ -470,3 +470,59 @@ def test_a_prompt_and_its_completion_need_one_space(prompt: str, completion: str
 
 def test_answers_of_a_chat_need_no_space() -> None:
     assert the_one([ContrastPair("How was it?", "Good.", "Bad.", chat=True)], "spaces")[0] == "ok"
+
+
+# -- what goes in ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "messages", ["hi", {"role": "user", "content": "hi"}, [{"rol": "user", "content": "hi"}], [("user", "hi")], 3,
+                 [{"role": "user", "content": 3}]],
+)  # fmt: skip
+def test_messages_are_dicts_of_two_texts(messages: Any) -> None:
+    with pytest.raises(TypeError, match="messages are a list of dicts with the texts role and content, not"):
+        ContrastPair("", "a", "b", messages=messages)
+
+
+def test_switches_and_splits_of_a_pair() -> None:
+    with pytest.raises(TypeError, match="chat is True or False, not 'yes'"):
+        ContrastPair("p", "a", "b", chat="yes")  # type: ignore[arg-type]
+    for attempt in (lambda: ContrastPair("p", "a", "b", "trian"), lambda: PairSet(good(2)).split("trian")):
+        with pytest.raises(ValueError, match="a split is one of train, choose, report, not 'trian'. Nearest: train"):
+            attempt()
+
+
+def test_sums_and_copies_of_pair_sets_are_pair_sets() -> None:
+    moods, more = PairSet(good(3), name="moods"), PairSet(good(5)[3:], name="more")
+    assert repr(moods + more) == "PairSet('moods + more', 5 pairs)"
+    assert moods + more == good(5)
+    assert [(type(s), s.name) for s in (moods.copy(), copy.copy(moods), moods + list(more))] == [(PairSet, "moods")] * 3
+    assert (moods + moods).name == "moods"
+    assert moods.copy() is not moods
+    with pytest.raises(TypeError, match="list of ContrastPair"):
+        moods + list("a")  # type: ignore[operator]
+    with pytest.raises(TypeError):
+        moods + 3  # type: ignore[operator]
+
+
+def test_shares_that_are_not_given_divide_the_rest() -> None:
+    made = PairSet(good(100))
+    assert made.with_splits(train=0.8).splits == {"train": 80, "choose": 8, "report": 12}
+    assert made.with_splits(choose=0.3).splits == {"train": 44, "choose": 30, "report": 26}
+    assert made.with_splits(train=0.5, choose=0.5).splits == {"train": 50, "choose": 50}
+    assert made.with_splits(train=0.9, choose=0.1).splits == {"train": 90, "choose": 10}
+    with pytest.raises(ValueError, match="sum to 1, not train=1.5"):
+        made.with_splits(train=1.5)
+    for wrong in ("a", True, [0.5]):
+        with pytest.raises(ValueError, match="shares of the splits are at least 0 and sum to 1, not train="):
+            made.with_splits(wrong)  # type: ignore[arg-type]
+    for attempt in (lambda: made.shuffled("a"), lambda: made.with_splits(seed="a"), lambda: made.shuffled(-1)):  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="a seed is a whole number from 0 on, not"):
+            attempt()
+
+
+def test_a_model_measures_lengths_by_its_tokenizer(pocket: InterpretableModel) -> None:
+    made = PairSet(good(4))
+    assert str(made.check(pocket)) == str(made.check(pocket.tokenizer))
+    with pytest.raises(TypeError, match="without a tokenizer"):
+        made.check(InterpretableModel(pocket.model))

@@ -8,12 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mlxsteer as ms
-from mlxsteer import ContrastPair, PairSet
+from mlxsteer import ContrastPair, PairSet, SteeringVector
 from mlxsteer.datasets.readers import FORMATS
 from mlxsteer.pairs import SPLITS
 
@@ -490,3 +491,18 @@ def test_a_file_that_is_not_there_and_a_folder_are_refused(tmp_path: Path) -> No
 def test_every_format_is_told_of() -> None:
     assert read.__doc__ is not None
     assert all(f"`{format}`" in read.__doc__ for format in FORMATS)
+
+
+def test_a_slip_in_a_files_name_is_told_and_a_vector_is_no_file_of_pairs(tmp_path: Path) -> None:
+    write([ContrastPair("p", " a", " b")], tmp_path / "moods.jsonl")
+    with pytest.raises(FileNotFoundError, match=r"there is no file .*moods\.jsonn\. Nearest: moods\.jsonl"):
+        read(tmp_path / "moods.jsonn")
+    for suffix in (".safetensors", ".npz", ".npy"):
+        path = SteeringVector({layer: mx.full((4,), 3e30) for layer in (0, 1)}).save(tmp_path / f"v{suffix}")
+        with pytest.raises(
+            ValueError, match=rf"v\{suffix} is a file of a steering vector: SteeringVector\.load reads it"
+        ):
+            read(path)
+    for wrong in (None, 3):
+        with pytest.raises(TypeError, match="a path is a text or a Path, not "):
+            read(wrong)  # type: ignore[arg-type]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 from typing import Any
 
@@ -124,8 +124,11 @@ def test_exact_identities() -> None:
 def test_arithmetic_keeps_the_site_the_norms_and_the_origin_and_leaves_the_operands() -> None:
     a = random(1, site="layers.{layer}.mlp", residual_norms={3: 2.5}, info=INFO)
     b, before = random(2, site="layers.{layer}.mlp"), numpy(a)
-    for result in (a + b, a - b, 2 * a, a / 2, -a, a.normalized()):
+    for result in (2 * a, a / 2, -a, a.normalized()):
         assert (result.site, result.residual_norms, result.info) == (a.site, a.residual_norms, a.info)
+    for result in (a + b, a - b):  # the pairs of the one are not those of the sum
+        kept = {name: value for name, value in a.info.items() if name != "pairs"}
+        assert (result.site, result.residual_norms, result.info) == (a.site, a.residual_norms, kept)
     np.testing.assert_array_equal(numpy(a), before)
 
 
@@ -287,3 +290,163 @@ def test_what_is_orthogonal_to_another_vector_has_none_of_it_left() -> None:
     for layer in (1, 3):
         x, y = np.array(a[layer], np.float64), np.array(b[layer], np.float64)
         np.testing.assert_allclose(np.array(left[layer]), x - (x @ y) / (y @ y) * y, atol=1e-6)
+
+
+# -- layers, and what is no layer ------------------------------------------------------------------------------------
+
+
+def test_all_layers_and_some(tmp_path: Path) -> None:
+    v = random(residual_norms={0: 1.0, 3: 2.0}, info={"agreement": {"0": 0.5, "11": 0.25}, "model": "m"})
+    assert list(v.at("all")) == ["layers.0", "layers.3", "layers.11"]
+    part = v.only([11, 0])
+    assert type(part) is SteeringVector
+    assert (part.layers, part.residual_norms, part.agreement) == ([0, 11], {0: 1.0}, {0: 0.5, 11: 0.25})
+    assert (v.only(np.int64(3)).layers, v.only("all").layers) == ([3], [0, 3, 11])
+    assert (v.only(3).agreement, v.only(3).info) == ({}, {"agreement": {}, "model": "m"})
+    assert v.only(range(0, 12, 11)).layers == [0, 11]
+    with pytest.raises(KeyError, match="no direction for layer 4"):
+        v.only([0, 4])
+
+
+NO_LAYER: dict[str, tuple[Any, str]] = {
+    "45": ("45", r"layers are 'all', a layer, a list of layers such as \[0, 3, 11\], or .*, not '45'"),
+    "a digit": ("3", "not '3'"),
+    "a word": ("al", "not 'al'"),
+    "truth": (True, "not True"),
+    "truth in a list": ([0, True], r"not \[0, True\]"),
+    "a half": (1.5, r"not 1\.5"),
+    "a whole float": ([3.0], r"not \[3\.0\]"),
+    "none": (None, "not None"),
+    "a slice": (slice(1, 3), "not slice"),
+    "text keys": ({"3": 1.0}, "not {'3': 1.0}"),
+    "no layers": ([], "no layer, which would do nothing"),
+    "no strengths": ({}, "no layer, which would do nothing"),
+}
+
+
+@pytest.mark.parametrize(("layers", "sentence"), NO_LAYER.values(), ids=NO_LAYER)
+def test_what_is_no_layer_is_refused(layers: Any, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        random().at(layers)
+    if not isinstance(layers, dict):
+        with pytest.raises(ValueError, match=sentence):
+            random().only(layers)
+
+
+def test_strengths_of_a_layer_are_numbers() -> None:
+    with pytest.raises(
+        TypeError, match=r"the strength of layer 3 is a number; one for each row is strength=\[1\.0, 2\.0\]"
+    ):
+        random().at({3: [1.0, 2.0]})  # type: ignore[dict-item]
+    with pytest.raises(TypeError, match="the strength of layer 3 is a number, not 'a'"):
+        random().at({3: "a"})  # type: ignore[dict-item]
+    with pytest.raises(ValueError, match="unit is 'raw' or 'residual', not 'residul'. Nearest: residual"):
+        random().at(3, unit="residul")  # type: ignore[arg-type]
+
+
+def test_layers_count_from_0() -> None:
+    for attempt in (lambda: random()[-1], lambda: random().at(-1), lambda: random().only([-1])):
+        with pytest.raises(KeyError, match=r"no direction for layer -1; it has \[0, 3, 11\].*count from 0"):
+            attempt()
+    for layer in (-1, 1.0, "1", True, None):
+        with pytest.raises(ValueError, match="a layer is a whole number from 0 on, not "):
+            SteeringVector({layer: mx.ones(4)})  # type: ignore[dict-item]
+    for index in (slice(1, 3), [1, 2], True, 1.5, "3"):
+        with pytest.raises(TypeError, match=r"vector\[layer\] is one layer's direction.*\.only\("):
+            random()[index]  # type: ignore[index]
+
+
+def test_a_direction_of_zero_is_not_added() -> None:
+    v = SteeringVector({1: mx.zeros(3), 2: mx.ones(3)})
+    for unit in ("raw", "residual"):
+        with pytest.raises(ValueError, match="the direction of layer 1 is zero: it adds nothing"):
+            replace(v, residual_norms={1: 2.0}).at([1], unit=unit)  # type: ignore[arg-type]
+    assert list(v.at(2)) == ["layers.2"]
+    tiny_one = SteeringVector({1: mx.full((3,), 1e-30)})  # its squares are zero, it isn't
+    assert list(tiny_one.at(1)) == ["layers.1"]
+
+
+# -- what is no vector, no number, no path ---------------------------------------------------------------------------
+
+single = SteeringVector({0: mx.ones((3, 8)), 3: mx.ones((3, 8)), 11: mx.ones((3, 8))})
+WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
+    "an array for directions": (
+        lambda: SteeringVector(mx.ones(3)),  # type: ignore[arg-type]
+        TypeError,
+        r"directions are a dict from layers to directions, such as \{5: direction\}, not array",
+    ),
+    "times a text": (lambda: random() * "a", TypeError, "multiplied or divided by a number, not by 'a'"),  # type: ignore[operator]
+    "times a vector": (lambda: random() * random(), TypeError, "by a number, not by SteeringVector"),  # type: ignore[operator]
+    "divided by a text": (lambda: random() / "a", TypeError, "multiplied or divided by a number"),  # type: ignore[operator]
+    "taken for an array": (lambda: mx.array(random()), TypeError, r"has several layers.*vector\[layer\]"),
+    "added to an array": (lambda: mx.ones(8) + random(), TypeError, r"has several layers.*vector\[layer\]"),
+    "an array's cosine": (
+        lambda: random().cosine(mx.ones(8)), TypeError, "goes with a SteeringVector, not with array"),  # type: ignore[arg-type]
+    "orthogonal to an array": (
+        lambda: random().orthogonal_to(mx.ones(8)), TypeError, "goes with a SteeringVector"),  # type: ignore[arg-type]
+    "one vector to mean norm": (
+        lambda: room.to_mean_norm(random()), TypeError, "to_mean_norm takes a list of vectors, not SteeringVector"),  # type: ignore[arg-type]
+    "arrays to mean norm": (
+        lambda: room.to_mean_norm([mx.ones(3)]), TypeError, "list of vectors, and one of them is array"),  # type: ignore[list-item]
+    "a dict to mean norm": (
+        lambda: room.to_mean_norm({"a": random()}), TypeError, "list of vectors, not dict"),  # type: ignore[arg-type]
+    "positions": (
+        lambda: single + SteeringVector({n: mx.ones((6, 8)) for n in single}), ValueError,
+        "don't fit together: one has a direction for each of 3 positions, the other for each of 6"),
+    "positions and none": (lambda: single + random(), ValueError, "of 3 positions, the other for all positions"),
+    "sites": (
+        lambda: random() + random(site="layers.{layer}.mlp"), ValueError,
+        r"don't fit together: one is at layers\.\{layer\}, the other at layers\.\{layer\}\.mlp"),
+    "layers": (
+        lambda: random() + random(layers=(0, 3)), ValueError, r"one has layers \[0, 3, 11\], the other \[0, 3\]"),
+    "widths": (lambda: random() + random(width=9), ValueError, "one is of width 8, the other of 9"),
+    "no path to load": (lambda: SteeringVector.load(None), TypeError, "a path is a text or a Path, not None"),  # type: ignore[arg-type]
+    "no path to save": (lambda: random().save(3), TypeError, "a path is a text or a Path, not 3"),  # type: ignore[arg-type]
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("attempt", "kind", "sentence"), WRONG.values(), ids=WRONG)
+def test_what_does_not_go_with_a_vector_is_refused_in_a_sentence(
+    attempt: Callable[[], Any], kind: type[Exception], sentence: str
+) -> None:
+    with pytest.raises(kind, match=sentence):
+        attempt()
+
+
+def test_a_factor_may_be_an_array_of_no_dimensions() -> None:
+    v = random()
+    for factor in (mx.array(2.0), np.array(2.0)):
+        np.testing.assert_array_equal(numpy(v * factor), 2 * numpy(v).astype(np.float32))
+    with pytest.raises(TypeError, match=r"put the vector first"):
+        mx.array(2.0) * v
+
+
+def test_another_site_is_named() -> None:
+    assert repr(random(site="layers.{layer}.mlp")) == (
+        "SteeringVector(3 layers, 0 to 11, of width 8, at layers.{layer}.mlp)"
+    )
+    assert "layers.{layer}" not in repr(random())
+
+
+@pytest.mark.parametrize("factor", [1.0, -2.3, 1e-3])
+def test_nothing_is_left_of_a_parallel_vector(factor: float) -> None:
+    v = random(width=256)
+    assert v.orthogonal_to(factor * v).norms == {0: 0.0, 3: 0.0, 11: 0.0}
+
+
+def test_a_sum_says_only_what_holds_of_it() -> None:
+    both = {"model": "m", "method": "mean_difference", "read": "last", "pairs": 12, "positive": 3, "negative": 4,
+            "background": 2, "data": "ab"}  # fmt: skip
+    made = random(1, info={**both, "chat": True, "parameters": {"C": 1}}) + random(2, info=both)
+    assert made.info == {"model": "m", "method": "mean_difference", "read": "last"}
+
+
+@pytest.mark.parametrize("wrong", ["pocket", None, 3, random()], ids=["name", "none", "number", "vector"])
+def test_only_a_model_is_a_model(wrong: Any, tmp_path: Path) -> None:
+    sentence = r"model is an InterpretableModel, such as InterpretableModel\('pocket'\), not "
+    with pytest.raises(TypeError, match=sentence):
+        random().check(wrong)
+    if wrong is not None:
+        path = random().save(tmp_path / "v.safetensors")
+        with pytest.raises(TypeError, match=sentence):
+            SteeringVector.load(path, model=wrong)

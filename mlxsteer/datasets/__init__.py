@@ -6,12 +6,11 @@ Those under ``pocket/`` are made of the bundled model's own language; the others
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 from typing import Any
 
 from mlxsteer.datasets.readers import read, read_texts, write
-from mlxsteer.pairs import PairSet
+from mlxsteer.pairs import PairSet, hint, nearest
 
 __all__ = ["available", "card", "load", "neutral", "read", "read_texts", "write"]
 
@@ -27,10 +26,10 @@ def card(name: str) -> str:
     """What a contrast set holds: the behaviour, how its pairs are matched, how many there are, and its limits.
 
     Raises:
+        TypeError: the name is no text.
         ValueError: there is no set of that name, or it has no card.
     """
-    if name not in available():
-        load(name)
+    _check_name(name)
     path = _FOLDER / f"{name}.md"
     if not path.is_file():
         raise ValueError(f"{name} has no card.")
@@ -45,16 +44,23 @@ def load(name: str, split: str | None = None) -> PairSet:
         split: only the pairs of ``"train"``, ``"choose"`` or ``"report"``; None for all.
 
     Raises:
+        TypeError: the name is no text.
         ValueError: there is no set of that name, or no such split in it.
     """
-    if name not in available():
-        near = difflib.get_close_matches(name, available(), n=3) or available()
-        raise ValueError(f"no contrast set called {name!r}. Nearest: {', '.join(near)}.")
+    _check_name(name)
     pairs = read(_FOLDER / f"{name}.jsonl", format="jsonl", name=name)
     chosen = [pair for pair in pairs if split in (None, pair.split)]
     if not chosen:
-        raise ValueError(f"{name} has no split {split!r}; it has {sorted({p.split or 'none' for p in pairs})}.")
+        there = sorted({pair.split or "none" for pair in pairs})
+        raise ValueError(f"{name} has no split {split!r}; it has {there}.{hint(split, there)}")
     return PairSet(chosen, name=name)
+
+
+def _check_name(name: Any) -> None:
+    if not isinstance(name, str):
+        raise TypeError(f"a contrast set is named by a text such as 'sentiment', not {name!r}.")
+    if name not in available():
+        raise ValueError(f"no contrast set called {name!r}. {nearest(name, available(), 'datasets.available()')}")
 
 
 def neutral(model: Any = None) -> list[str]:

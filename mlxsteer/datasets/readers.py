@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from mlxsteer.interventions.files import write_whole
-from mlxsteer.pairs import ContrastPair, PairSet, checked
+from mlxsteer.pairs import ContrastPair, PairSet, checked, nearest
 
 _TEXTS = ("positive", "negative")
+_VECTORS = (".safetensors", ".gguf", ".npz", ".npy", ".pt")
 _CAA = ("question", "answer_matching_behavior", "answer_not_matching_behavior")
 
 
@@ -84,9 +85,9 @@ def read(
         ValueError: it is no UTF-8 text, is empty or incomplete, or has a row that is no contrast pair; the message
             names the file and the line, or the item (counted from 1) of a JSON list.
     """
-    source = Path(path)
+    source = _path(path)
     if format is not None and format not in FORMATS:
-        raise ValueError(f"no format called {format!r}. {_nearest(format, FORMATS)}")
+        raise ValueError(f"no format called {format!r}. {nearest(format, FORMATS)}")
     text = _text_of(source)
     kind, title, rows = _rows(source, text, format)
     pairs = [_pair(f"{source}, {place}", row, kind, chat) for place, row in rows]
@@ -116,7 +117,7 @@ def read_texts(
         IsADirectoryError: one is a folder.
         ValueError: one is no UTF-8 text or is empty, they have unequal numbers of lines, or two lines are no pair.
     """
-    sources = Path(positive_path), Path(negative_path)
+    sources = _path(positive_path), _path(negative_path)
     positive, negative = ([line.rstrip("\r") for line in _text_of(s).rstrip("\r\n").split("\n")] for s in sources)
     if len(positive) != len(negative):
         raise ValueError(
@@ -150,7 +151,7 @@ def write(pairs: Iterable[ContrastPair], path: str | os.PathLike[str]) -> Path:
         ValueError: there are none, a text can't be written as UTF-8, or the name doesn't end in ``.jsonl``.
         FileNotFoundError: there is no such folder.
     """
-    target = Path(path)
+    target = _path(path)
     if target.suffix != ".jsonl":
         raise ValueError(f"{target}: contrast pairs are written as a .jsonl file.")
     lines = [json.dumps(_fields(pair), ensure_ascii=False) + "\n" for pair in checked(pairs)]
@@ -175,11 +176,22 @@ def _fields(pair: ContrastPair) -> dict[str, Any]:
 # -- from a file to rows -----------------------------------------------------------------------------------------------
 
 
+def _path(path: Any) -> Path:
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"a path is a text or a Path, not {path!r}.")
+    return Path(path)
+
+
 def _text_of(source: Path) -> str:
     if source.is_dir():
         raise IsADirectoryError(f"{source} is a folder, not a file of contrast pairs.")
     if not source.exists():
-        raise FileNotFoundError(f"there is no file {source}.")
+        beside = [path.name for path in source.parent.iterdir()] if source.parent.is_dir() else []
+        near = difflib.get_close_matches(source.name, beside, n=3)
+        hint = f" Nearest: {', '.join(near)}." if near else ""
+        raise FileNotFoundError(f"there is no file {source}.{hint}")
+    if source.suffix in _VECTORS:
+        raise ValueError(f"{source} is a file of a steering vector: SteeringVector.load reads it.")
     try:
         text = source.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -343,13 +355,7 @@ def _known(
         raise ValueError(f"{where} has no {noun} {missing!r}; it has {', '.join(map(repr, names)) or 'none'}.{meant}")
     for name in names:
         if ignored is not None and name not in (*required, *optional, *ignored):
-            raise ValueError(f"{where} has an unknown {noun} {name!r}. {_nearest(name, (*required, *optional))}")
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    known = list(known)
-    near = difflib.get_close_matches(name.casefold(), known, n=1)
-    return f"Nearest: {near[0]}." if near else f"There are {', '.join(known)}."
+            raise ValueError(f"{where} has an unknown {noun} {name!r}. {nearest(name, (*required, *optional))}")
 
 
 def _check(where: str, name: str, value: Any) -> None:

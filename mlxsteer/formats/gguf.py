@@ -80,7 +80,7 @@ def write(vector: SteeringVector, path: str | Path) -> Path:
             "save it as .safetensors or .npz."
         )
     rows = {layer: np.array(direction, "<f4") for layer, direction in vector.directions.items() if layer > 0}
-    if not rows or vector.layers[0] < 0:
+    if not rows:
         raise ValueError(f"{path}: a GGUF control vector holds layers from 1 on, and this vector has {vector.layers}.")
     if 0 in vector.directions:
         warnings.warn(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -24,6 +25,7 @@ READERS: dict[str, Callable[[Path], SteeringVector]] = {
     ".pt": rotalabs.read,
     ".json": rotalabs.read,
 }
+_PAIRS = (".jsonl", ".ndjson", ".csv", ".tsv")
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 
@@ -34,26 +36,32 @@ def save(vector: SteeringVector, path: str | Path) -> Path:
         the path.
 
     Raises:
-        ValueError: nothing is written under this suffix, or the format can't hold the vector.
+        TypeError: the path is no path.
+        ValueError: nothing is written under this suffix, it is a folder, or the format can't hold the vector.
         FileNotFoundError: there is no such folder.
     """
-    return WRITERS[_suffix(Path(path), WRITERS, "saved as")](vector, Path(path))
+    target = _path(path)
+    if target.is_dir() or str(path).endswith("/"):
+        raise ValueError(f"{target} is a folder: name a file in it, such as {target / hub.NAME}.")
+    return WRITERS[_suffix(target, WRITERS, "saved as")](vector, target)
 
 
 def load(source: str | Path, *, revision: str | None = None, filename: str | None = None) -> SteeringVector:
     """Read a vector from a file, a folder or a Hugging Face repository; what exists here is never looked for there.
 
     Args:
-        source: a file, a folder with a vector in it, or ``"user/repo"``.
+        source: a file, a folder with a vector in it, or ``"user/repo"``, which is a repository unless there is a folder
+            ``user`` here and no revision is named.
         revision: the branch, tag or commit of a repository.
         filename: which file of a folder or repository; by default ``vector.safetensors``, or the only vector in it.
 
     Raises:
-        FileNotFoundError: there is no such file, folder or repository.
+        TypeError: the source is no path.
+        FileNotFoundError: there is no such file, folder or repository; the nearest files beside it are named.
         ConnectionError: the Hub can't be reached.
         ValueError: the file is damaged, foreign, of a later version, or one of several.
     """
-    path = Path(source)
+    path = _path(source)
     if path.exists():
         if revision is not None:
             raise ValueError(f"{path} is here, and revision={revision!r} is for a repository of the Hugging Face Hub.")
@@ -62,9 +70,21 @@ def load(source: str | Path, *, revision: str | None = None, filename: str | Non
         if filename is not None:
             raise ValueError(f"{path} is a file: filename={filename!r} says which of a folder or repository.")
         return _read(path)
-    if isinstance(source, str) and path.suffix not in READERS and _REPOSITORY.fullmatch(source):
-        return _read(hub.fetch(source, lambda names: chosen(names, source), revision, filename))
-    raise FileNotFoundError(f"there is no file {path}; a repository of the Hugging Face Hub would be 'user/repo'.")
+    repository = isinstance(source, str) and path.suffix not in READERS and _REPOSITORY.fullmatch(source)
+    if repository and (revision is not None or not path.parent.is_dir()):
+        return _read(hub.fetch(str(source), lambda names: chosen(names, source), revision, filename))
+    beside = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = [name for name in beside if Path(name).suffix in READERS and Path(name).stem in (path.name, path.stem)]
+    if near := near or difflib.get_close_matches(path.name, beside, n=3):
+        raise FileNotFoundError(f"there is no file {path}. Nearest: {', '.join(sorted(near))}.")
+    hint = f"{path.parent} is a folder here, and revision= asks" if repository else "'user/repo' would ask"
+    raise FileNotFoundError(f"there is no file {path}; {hint} for a repository of the Hugging Face Hub.")
+
+
+def _path(path: object) -> Path:
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"a path is a text or a Path, not {path!r}.")
+    return Path(path)
 
 
 def chosen(names: Iterable[str], where: str | Path) -> str:
@@ -101,7 +121,9 @@ def _read(path: Path) -> SteeringVector:
 def _suffix(path: Path, formats: Iterable[str], verb: str) -> str:
     if path.suffix in formats:
         return path.suffix
-    near = difflib.get_close_matches(path.suffix.lower(), formats, n=1, cutoff=0.5)
+    if verb == "read from" and path.suffix in _PAIRS:
+        raise ValueError(f"{path} is no vector's file; datasets.read reads contrast pairs.")
+    near = difflib.get_close_matches(path.suffix.lower(), formats, n=1)
     nearest = f"; the nearest to {path.suffix!r} is {near[0]}" if near else ""
     raise ValueError(f"{path}: a vector is {verb} a {_listed(formats)} file{nearest}.")
 

@@ -63,12 +63,14 @@ def _vector(source: Path, directions: dict[int, np.ndarray], info: dict[str, Any
 
 def _layer(path: Path) -> tuple[int, np.ndarray, dict[str, Any]]:
     text, tensor = path.with_suffix(".json"), path.with_suffix(".pt")
+    told = _json(text) if text.is_file() else {}
+    if isinstance(told.get("pairs"), list):
+        raise ValueError(f"{text} is no vector's file; datasets.read reads contrast pairs.")
     for file in (text, tensor):
         if not file.is_file():
             raise FileNotFoundError(
                 f"there is no file {file}: rotalabs-steer keeps a vector in two, {text.name} and {tensor.name}."
             )
-    told = _json(text)
     layer, behaviour, model = told.get("layer_index"), told.get("behavior"), told.get("model_name")
     if type(layer) is not int or layer < 0 or not isinstance(behaviour, str) or not isinstance(model, str):
         raise ValueError(f"{text}: it says no layer_index, behavior and model_name, as a rotalabs-steer vector does.")
@@ -87,5 +89,5 @@ def _json(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no complete JSON file.") from error
     if not isinstance(told, dict):
-        raise ValueError(f"{path}: it says nothing of a vector.")
+        raise ValueError(f"{path}: it says nothing of a vector; datasets.read reads contrast pairs.")
     return told

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,22 +27,20 @@ def write_whole(path: str | Path, write: Callable[[str], Any]) -> Path:
     target = Path(path)
     if not target.parent.is_dir():
         raise FileNotFoundError(f"{target}: there is no folder {target.parent}.")
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.stem}-", suffix=target.suffix)
-    os.close(handle)
+    if target.is_dir():
+        raise IsADirectoryError(f"{target} is a folder: name a file in it.")
+    # Made by open itself, which applies the process's umask: asking for the umask would change it for all threads.
+    temporary = target.with_name(f".{secrets.token_hex(8)}{target.suffix}")
     try:
-        write(temporary)
-        os.chmod(temporary, 0o666 & ~_umask())
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        write(str(temporary))
         os.replace(temporary, target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, RuntimeError) and "write" in str(error):  # MLX's word for a full disk
+            raise OSError(f"{target} can't be written: {error}") from error
         raise
     return target
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def read_tensors(path: str | Path, format_name: str, version: int) -> tuple[dict[str, mx.array], dict[str, Any]]:

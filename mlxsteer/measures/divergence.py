@@ -86,6 +86,8 @@ class Reference:
         self.passes = []
         for texts, needed in _batches(model, self.texts, batch_tokens // variants, whole=not tokens):
             self.passes.append(Continuation(model, texts, needed, positions, plain=plain))
+        if not self.passes:
+            raise ValueError("prompts of one token each hold no token to measure: ask for some with tokens=.")
 
     @property
     def block_tokens(self) -> int:
@@ -148,6 +150,17 @@ def outside_blocks(edits: Iterable[tuple[Site, Intervention]]) -> bool:
     return any(site.layer is None for site, _ in edits)
 
 
+def listed(prompts: Iterable[Any]) -> list[Any]:
+    """Neutral prompts as a list.
+
+    Raises:
+        TypeError: one prompt in place of a list.
+    """
+    if isinstance(prompts, (str, Mapping)):
+        raise TypeError("neutral prompts are a list; one prompt is [prompt].")
+    return list(prompts)
+
+
 def continued(model: InterpretableModel, prompts: Iterable[Any], tokens: int, *, chat: bool = False) -> list[Text]:
     """Prompts with what the unsteered model says next, greedily.
 
@@ -155,9 +168,7 @@ def continued(model: InterpretableModel, prompts: Iterable[Any], tokens: int, *,
         TypeError: one prompt in place of a list.
         ValueError: there are none, or the model ends every one of them at once.
     """
-    if isinstance(prompts, (str, Mapping)):
-        raise TypeError("neutral prompts are a list; one prompt is [prompt].")
-    texts = [encode_text(model, prompt, chat=chat) for prompt in prompts]
+    texts = [encode_text(model, prompt, chat=chat) for prompt in listed(prompts)]
     if not texts:
         raise ValueError("there are no neutral prompts: give at least one.")
     if not tokens:

@@ -34,7 +34,7 @@ class Preferences:
         batch_tokens: the most tokens in one batch, padding and variants included.
 
     Raises:
-        ValueError: there are no pairs, or their sides are prompts without completions.
+        ValueError: there are no pairs, or their sides are prompts without completions; another `normalize`.
     """
 
     def __init__(
@@ -49,6 +49,8 @@ class Preferences:
         variants: int = 1,
         batch_tokens: int = 4096,
     ) -> None:
+        if normalize not in (None, "token"):
+            raise ValueError(f"normalize is 'token' or None, not {normalize!r}.")
         self.model, self.plain = model, plain
         positions = list(at) if isinstance(at, list) and at and isinstance(at[0], Position) else [Position.of(at)]
         chosen = [as_chat(pair) if chat else pair for pair in checked(pairs)]
