@@ -404,9 +404,8 @@ def separation(
     check_budget(batch_tokens)
     if vector.positions is not None:
         raise ValueError("separation needs one direction per layer, and this vector has one per position.")
-    for layer in vector:
-        if not vector[layer].any().item():
-            raise ValueError(f"the direction of layer {layer} is zero: it tells nothing apart.")
+    if vector._zeros:
+        raise ValueError(f"the direction of layer {min(vector._zeros)} is zero: it tells nothing apart.")
     vector._check(model, stacklevel=3)
     given = checked(pairs)
     check_completions(read, given, given)

@@ -330,7 +330,8 @@ def select(
     candidates = sorted([*rows, *together], key=lambda row: (stages.index(row.stage), -np.nan_to_num(row.effect)))
     warnings = _warnings(vector, best, evidence, len(train), measure, limit)
     record = {
-        **model.identity, "pairs_name": given.name, "data": given.fingerprint, "pairs": {name: len(given.split(name)) for name in SPLITS},
+        **model.identity, "pairs_name": given.name, "data": given.fingerprint,
+        "pairs": {name: len(given.split(name)) for name in SPLITS},
         "method": vector.info.get("method"), "read": vector.info.get("read"), "at": repr(at), "seed": seed,
         "neutral_prompts": len(prompts), "tokens": tokens, "mlxsteer": version("mlxsteer"), "mlx": version("mlx"),
         "mlx_lm": version("mlx-lm"),
@@ -497,6 +498,8 @@ def _warnings(
     said = []
     if not found.shift.excludes(0.0) or found.shift.value <= 0:
         said.append(f"no evidence that this steers: the shift on held-out pairs is {found.shift} nats.")
+    elif found.nulls and found.p_value >= 0.05 and max(found.nulls) < found.shift.value:
+        said.append(f"{counted(len(found.nulls), 'random vector')} can't tell whether the direction matters: take 20.")
     elif found.nulls and found.p_value >= 0.05:
         said.append(
             "no evidence that the direction matters: random vectors of its length do as much "

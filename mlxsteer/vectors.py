@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -171,6 +172,13 @@ class SteeringVector:
         lengths: dict[int, Any] = {layer: _length(direction).item() for layer, direction in self.directions.items()}
         return {layer: float(length) for layer, length in lengths.items()}
 
+    @cached_property
+    def _zeros(self) -> frozenset[int]:
+        """The layers whose direction is zero, found once; none inside a transformation, where nothing can be read."""
+        some = mx.stack([direction.any() for direction in self.directions.values()])
+        found: Any = some.tolist() if settled(some) else [True] * len(self)
+        return frozenset(layer for layer, any_of_it in zip(self.directions, found, strict=True) if not any_of_it)
+
     @property
     def agreement(self) -> dict[int, float]:
         """Layer → mean cosine between the differences of two pairs; empty where there were no pairs.
@@ -290,7 +298,7 @@ class SteeringVector:
         base = number(strength, "a strength") if rows is None else 0.0
         made: dict[str, Intervention] = {}
         for layer, own in strengths.items():
-            if settled(self[layer]) and not self[layer].any().item():
+            if layer in self._zeros:
                 raise ValueError(f"the direction of layer {layer} is zero: it adds nothing.")
             direction = self[layer] if unit == "raw" else self._in_residual_units(layer)
             strong = base * own if rows is None else [row * own for row in rows]

@@ -59,8 +59,10 @@ def main() -> None:
         if own else ["sycophancy_ab", "refusal_ab", "honesty_ab"]
     )  # fmt: skip
     limit = min(options.limit, 12) if own else options.limit
-    # The bundled model never learned to bind a letter to an option: its sets have plain completions.
-    read: Any = "mean" if own else int(options.read) if options.read.lstrip("-").isdigit() else options.read
+    # The bundled model never learned to bind a letter to an option: its sets have plain completions, whose first token
+    # is chosen by the last prompt token, so that is steered too.
+    at = "last" if own else "generated"
+    read: Any = "last" if own else int(options.read) if options.read.lstrip("-").isdigit() else options.read
     sets = {name: load(name, limit) for name in names}
     vectors = to_mean_norm([extract(model, pairs, read=read, chat=options.chat) for pairs in sets.values()])
     table = Table(title=f"{model.name}: P(matching answer) on held-out questions, at multipliers −1, 0, +1")
@@ -68,7 +70,7 @@ def main() -> None:
         table.add_column(head, justify="right")
     swings = []
     for (name, pairs), vector in zip(sets.items(), vectors, strict=True):
-        arguments: dict[str, Any] = {"strengths": (-1, 0, 1), "at": "generated", "unit": "raw", "chat": options.chat}
+        arguments: dict[str, Any] = {"strengths": (-1, 0, 1), "at": at, "unit": "raw", "chat": options.chat}
         choosing = matching(sweep(model, vector, pairs.split("choose"), **arguments).effect)
         layer = list(vector)[int(np.argmax(choosing[:, 2] - choosing[:, 0]))]
         found = sweep(model, vector, pairs.split("report"), layers=[layer], **arguments).effect[0]

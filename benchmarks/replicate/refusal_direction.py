@@ -52,7 +52,7 @@ def main() -> None:
     )
     arguments: dict[str, Any] = {"ablation": "harmless_mean", "positions": 1} if own else {}
     found = select_refusal_direction(model, some, **arguments)
-    console.print(found.table())
+    print(found.table())
     added = found.vector.at(found.layer)
     rows = [
         ("harmful requests refused", "positive", None),
