@@ -102,7 +102,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--at", default="-1", help="which tokens are steered: -1, last, all, generated, …")
     parser.add_argument("--kl", type=float, default=0.3, help="mean KL per token on neutral text, in nats")
     parser.add_argument("--read", default="last")
-    parser.add_argument("--pairs", type=int, nargs=3, default=[24, 12, 12], metavar=("TRAIN", "CHOOSE", "REPORT"))
+    parser.add_argument("--pairs", type=int, nargs=3, default=[24, 24, 12], metavar=("TRAIN", "CHOOSE", "REPORT"))
     parser.add_argument("--neutral", type=int, default=8, help="neutral prompts")
     parser.add_argument("--tokens", type=int, default=12, help="of each neutral continuation")
     parser.add_argument("--nulls", type=int, default=20)
@@ -145,6 +145,7 @@ def save(folder: Path, rows: list[Row], chosen: Choice, report: dict[str, Any], 
 def main() -> None:
     """Measure, print, save."""
     options, console = arguments(), Console()
+    console.width = max(console.width, 110)
     model = InterpretableModel(options.model)
     whole = datasets.load(options.data) if options.data in datasets.available() else datasets.read(options.data)
     pairs = subset(whole, options.pairs, options.seed)

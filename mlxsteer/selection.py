@@ -290,16 +290,16 @@ def select(
         wanted = _wanted(model, vector, layers)
         vector.check(model)
         vector.at(wanted, 1.0, at, unit="residual")  # refuse what is missing before anything is measured
-        some = _part(choose)
+        some = _parted(choose)[0]
         looks = separation(model, vector.only(wanted), some, read=read, chat=chat, batch_tokens=batch_tokens)
         cost += _token_count(model, some, chat) * (1 + max(wanted))
         step(1, 5)
-        bench = _Bench(model, vector, at, choose, prompts, leave or {}, measure, limit, tokens, chat, batch_tokens)
+        bench = _Bench(model, vector, at, choose, prompts, leave or {}, measure, limit, tokens, chat, batch_tokens,
+                       parts=screen)  # fmt: skip
         kept = [layer for layer in wanted if looks[layer] >= max(0.6, max(looks.values()) - 0.3)] or wanted
         kept = kept if screen else wanted
         guesses: dict[int, tuple[float, float]] = {}
         if screen and len(kept) > 2:
-            bench.look(some, _part(prompts))
             guesses = {layer: bench.tried({layer: 1.0}) for layer in kept}
             kept = sorted(kept, key=lambda layer: -guesses[layer][1])[: max(2, len(wanted) // 8)]
         step(2, 5)
@@ -352,14 +352,16 @@ def _token_count(model: InterpretableModel, pairs: Iterable[ContrastPair], chat:
     return sum(len(encode_side(model, pair, side)[0]) for pair in both for side in ("positive", "negative"))
 
 
-def _part(values: Sequence[Any]) -> list[Any]:
-    """A sixth, but at least four, spread over the whole."""
+def _parted(values: Sequence[Any]) -> list[list[Any]]:
+    """A sixth, but at least four, spread over the whole; and the rest, if there is any."""
     count = min(len(values), max(4, len(values) // 6))
-    return [values[i] for i in np.linspace(0, len(values) - 1, count).round().astype(int)]
+    first = set(np.linspace(0, len(values) - 1, count).round().astype(int).tolist())
+    parts = [[value for i, value in enumerate(values) if (i in first) == wanted] for wanted in (True, False)]
+    return [part for part in parts if part]
 
 
 class _Bench:
-    """What steering is measured on while a choice is made."""
+    """What steering is measured on while a choice is made: all of it, or the first part of it."""
 
     def __init__(
         self,
@@ -374,22 +376,27 @@ class _Bench:
         tokens: int,
         chat: bool,
         batch_tokens: int,
+        *,
+        parts: bool,
     ) -> None:
         self.model, self.vector, self.at, self.measure, self.limit = model, vector, at, measure, limit
-        self.options: dict[str, Any] = {"at": at, "chat": chat, "batch_tokens": batch_tokens}
-        self.tokens = tokens
-        self.reference = Reference(model, prompts, tokens=tokens, **self.options)
-        self.preferences = Preferences(model, pairs, **self.options)
-        self.others = {name: Preferences(model, others, **self.options) for name, others in leave.items()}
-        self.some, self.few = self.reference, self.preferences
+        options: dict[str, Any] = {"at": at, "chat": chat, "batch_tokens": batch_tokens}
+        some_prompts, some_pairs = (_parted(values) if parts else [values] for values in (prompts, pairs))
+        self.references = [
+            Reference(model, part, tokens=tokens, variants=len(TRIED), **options) for part in some_prompts
+        ]
+        self.preferences = [Preferences(model, part, **options) for part in some_pairs]
+        self.others = [Preferences(model, others, **options) for others in leave.values()]
 
     @property
     def block_tokens(self) -> int:
         """Tokens times blocks that ran so far."""
-        each: list[Reference | Preferences] = [self.reference, self.preferences, *self.others.values()]
-        each += [self.some] if self.some is not self.reference else []
-        each += [self.few] if self.few is not self.preferences else []
+        each: list[Reference | Preferences] = [*self.references, *self.preferences, *self.others]
         return sum(one.block_tokens for one in each)
+
+    def divergence(self, edits: Sequence[tuple[Site, Intervention]]) -> Divergence:
+        """KL(base ‖ steered) on all neutral text."""
+        return Divergence.of(np.concatenate([one.per_token(edits) for one in self.references]))
 
     def edits(self, strengths: Mapping[int, float], factor: Any) -> list[tuple[Site, Intervention]]:
         made = self.vector.at(dict(strengths), factor, self.at, unit="residual")
@@ -398,14 +405,14 @@ class _Bench:
     def effect(self, strengths: Mapping[int, float]) -> float:
         """Mean shift of the pairs, less what the behaviours to be left alone are moved by."""
         edits = self.edits(strengths, 1.0)
-        moved = float((self.preferences.under(edits) - self.preferences.base).mean())
-        return moved - sum(abs(float((one.under(edits) - one.base).mean())) for one in self.others.values())
+        moved = float(np.concatenate([one.under(edits) - one.base for one in self.preferences]).mean())
+        return moved - sum(abs(float((one.under(edits) - one.base).mean())) for one in self.others)
 
     def measured(self, relative: Mapping[int, float], first: float | None) -> Candidate:
         """Some layers at the strength that spends the budget, on all the choosing data."""
 
         def spent(strength: float) -> float:
-            return measured(Divergence.of(self.reference.per_token(self.edits(relative, strength))), self.measure)
+            return measured(self.divergence(self.edits(relative, strength)), self.measure)
 
         strongest = STRONGEST / max(relative.values())
         solution: Strength = solved(spent, self.measure, self.limit, strongest=strongest, first=first, tolerance=0.05)
@@ -424,20 +431,16 @@ class _Bench:
                 ]
         return [self.measured(relative, factor or 0.6)]
 
-    def look(self, pairs: Sequence[ContrastPair], prompts: Sequence[Any]) -> None:
-        """Take some of the data, for `tried`."""
-        self.some = Reference(self.model, prompts, tokens=self.tokens, variants=len(TRIED), **self.options)
-        self.few = Preferences(self.model, pairs, **self.options)
-
     def tried(self, relative: Mapping[int, float]) -> tuple[float, float]:
         """(factor that spends the budget, effect there) of some layers, estimated from two strengths on some data."""
 
         def make(rows: list[float]) -> list[tuple[Site, Intervention]]:
             return self.edits(relative, rows)
 
-        spent = [measured(Divergence.of(row), self.measure) for row in self.some.dose(make, TRIED)]
+        some, few = self.references[0], self.preferences[0]
+        spent = [measured(Divergence.of(row), self.measure) for row in some.dose(make, TRIED)]
         factor = _crossing(TRIED, spent, self.limit)
-        return factor, float((self.few.under(self.edits(relative, factor)) - self.few.base).mean())
+        return factor, float((few.under(self.edits(relative, factor)) - few.base).mean())
 
 
 def _crossing(strengths: Sequence[float], spent: Sequence[float], limit: float) -> float:
@@ -486,7 +489,7 @@ def _evidence(
         curve,
         tuple(drawn),
         null_p_value(float(shift.mean()), drawn) if drawn else float("nan"),
-        Divergence.of(bench.reference.per_token(bench.edits(best.strengths, 1.0))),
+        bench.divergence(bench.edits(best.strengths, 1.0)),
         len(report),
     )
 

@@ -1,10 +1,14 @@
-"""The read, write and generate code that the design promises, as a user writes it."""
+"""The code that the design promises, as a user writes it."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import mlx.core as mx
 import mlx_lm
+import pytest
 
+import mlxsteer as ms
 from mlxsteer import InterpretableModel
 from mlxsteer import interventions as iv
 
@@ -56,3 +60,26 @@ def test_generating(pocket: InterpretableModel) -> None:
     assert text == streamed == foreign == enabled == edited == rows[0]
     assert rows[1] == model.generate("The room was", max_tokens=6)
     assert text != model.generate("The food was", max_tokens=6)
+
+
+def test_computing_a_vector_and_finding_where_and_how_much(pocket: InterpretableModel, tmp_path: Path) -> None:
+    model = pocket
+    whole = ms.datasets.load("pocket/sentiment")
+    pairs = ms.PairSet([pair for split in ("train", "choose", "report") for pair in whole.split(split)[:4]])
+    vector = ms.extract(model, pairs)
+    v = vector[5]
+    grid = ms.sweep(model, vector, pairs.split("choose"), layers="all", strengths=[-2, -1, 0, 1, 2])
+    choice = ms.select(model, pairs, layers=[4, 5], neutral=["Here is a short story."], tokens=4, nulls=2)
+    choice.plot(tmp_path / "layers.png")
+    assert v.shape == (256,)
+    assert grid.effect.shape == (8, 5, 4)
+    assert {"Chosen:", "Warning:"} <= set(choice.table().split())
+    assert (tmp_path / "layers.png").stat().st_size > 10_000
+    steer = choice.interventions
+    down = vector.at(5, strength=-choice.strength, at=-1, unit="residual")
+    texts = model.generate(["The soup was", "The room was"], interventions=[steer, down], max_tokens=6)
+    assert texts[0] != model.generate("The soup was", max_tokens=6)
+    vector.save(tmp_path / "sentiment.safetensors")
+    with pytest.warns(UserWarning, match="layer 0"):
+        vector.save(tmp_path / "sentiment.gguf")
+    assert ms.SteeringVector.load(tmp_path / "sentiment.safetensors", model=model).layers == vector.layers
