@@ -28,7 +28,8 @@ from mlxsteer import (
     extract,
 )
 from mlxsteer import interventions as iv
-from mlxsteer.generation_sweep import GenerationSweep, _Draws, generation_sweep
+from mlxsteer.decoding import Draws
+from mlxsteer.generation_sweep import GenerationSweep, generation_sweep
 
 PROMPTS = [[7, 31, 52, 18, 77, 23, 9, 64, 40, 41, 12], [55, 66, 31, 18, 77, 5, 8]]
 LAYER, STRENGTHS, STEPS = 2, [-1.5, 0.0, 2.0], 4
@@ -227,7 +228,7 @@ def test_a_cache_that_cannot_be_copied_is_filled_for_every_row(
 ) -> None:
     vector, options = steering_vector(), {"layers": LAYER, "strengths": STRENGTHS, "max_tokens": 4, "logprobs": True}
     shared = generation_sweep(llama, vector, PROMPTS, **options)  # type: ignore[arg-type]
-    monkeypatch.setattr(sys.modules["mlxsteer.generation_sweep"], "forkable", lambda _: False)
+    monkeypatch.setattr(sys.modules["mlxsteer.decoding"], "forkable", lambda _: False)
     with counted(llama) as seen:
         alone = generation_sweep(llama, vector, PROMPTS, batch_size=1, **options)  # type: ignore[arg-type]
     assert total(seen) == 3 * (11 + 7 + 2 * 4)
@@ -346,8 +347,8 @@ def test_draws_follow_the_distribution() -> None:
     for knobs, kept in (({}, range(5)), ({"top_k": 2}, (1, 2)), ({"min_p": 0.3}, (1, 2)), ({"top_p": 0.7}, (1, 2))):
         expected = np.array([np.exp(x / 0.8) if i in kept else 0.0 for i, x in enumerate(logits[0].tolist())])  # type: ignore[arg-type]
         expected /= expected.sum()
-        at_once = _Draws((0, 0, 0), 0.8, knobs)(mx.tile(logprobs(logits), (4000, 1)))
-        one_by_one = mx.concatenate([_Draws((0, k, 0), 0.8, knobs)(logprobs(logits)) for k in range(150)])
+        at_once = Draws((0, 0, 0), 0.8, knobs)(mx.tile(logprobs(logits), (4000, 1)))
+        one_by_one = mx.concatenate([Draws((0, k, 0), 0.8, knobs)(logprobs(logits)) for k in range(150)])
         for draws in (at_once, one_by_one):
             counts = np.bincount(np.array(draws), minlength=5)
             assert np.abs(counts / len(draws) - expected).max() < 4 * np.sqrt(0.25 / len(draws)), knobs
@@ -394,7 +395,7 @@ def test_a_sweep_is_shown_and_saved(llama: InterpretableModel, tmp_path: Path) -
 def test_bad_sweeps_are_refused_before_anything_runs(
     llama: InterpretableModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys.modules["mlxsteer.generation_sweep"], "attached", lambda *_: pytest.fail("it ran"))
+    monkeypatch.setattr(sys.modules["mlxsteer.decoding"], "attached", lambda *_: pytest.fail("it ran"))
     refused: list[tuple[type[Exception], str, dict[str, Any]]] = [
         (ValueError, "at least one prompt", {"prompts": []}),
         (TypeError, "one prompt is", {"prompts": "The food was"}),
