@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 
+from mlxsteer import generation
 from mlxsteer.directions import Method
 from mlxsteer.model import InterpretableModel
 from mlxsteer.pairs import ContrastPair, checked, hint, in_split
-from mlxsteer.reading import Read, Text, as_chat, check_completions, encode_side, encode_texts
+from mlxsteer.reading import Read, Text, check_completions, check_widths, encode_pairs, encode_texts
 from mlxsteer.sites import Site, UnknownKey
+from mlxsteer.vectors import is_template
 
 SITES = {"residual": "layers.{layer}", "attn": "layers.{layer}.attn", "mlp": "layers.{layer}.mlp"}
 """Short names of the places that vectors are read at."""
@@ -30,9 +34,9 @@ class Contrast:
 
     @property
     def hash(self) -> str:
-        """SHA-256 over both sides, whatever the order of the pairs."""
+        """SHA-256 over both sides and where their completions begin, whatever the order of the pairs."""
         sides = (self.texts[: self.positives], self.texts[self.positives :])
-        told = [[text.tokens for text in side] for side in sides]
+        told = [[(text.tokens, text.prompt) for text in side] for side in sides]
         return hashlib.sha256(repr((told, self.partners is not None)).encode()).hexdigest()[:16]
 
 
@@ -40,20 +44,26 @@ def of_pairs(model: InterpretableModel, pairs: Iterable[ContrastPair], chat: boo
     given = checked(pairs)
     chosen = in_split(given, "train")
     check_completions(read, given, chosen)
-    if chat:
-        chosen = [as_chat(pair) for pair in chosen]
-    encoded = [tuple(Text(*encode_side(model, pair, side)) for side in ("positive", "negative")) for pair in chosen]
+    if chosen[0].split and (unsplit := sum(pair.split is None for pair in given)):
+        warnings.warn(
+            f"{unsplit} of {len(given)} pairs name no split, and are left out beside those of 'train'.",
+            UserWarning,
+            stacklevel=generation.outside(),
+        )
+    encoded = encode_pairs(model, given, chosen, chat)
     for pair, (positive, negative) in zip(chosen, encoded, strict=True):
         if positive.tokens == negative.tokens:
             raise ValueError(f"both sides of {pair!r} are the same tokens: there is no contrast.")
     # In an order of their own, the same whatever order they came in, and with the sides exchanged.
-    encoded.sort(key=lambda sides: sorted(text.tokens for text in sides))
+    encoded.sort(key=lambda sides: sorted((text.tokens, text.prompt) for text in sides))
     texts = [*(positive for positive, _ in encoded), *(negative for _, negative in encoded)]
     return Contrast(texts, len(encoded), [(i, i + len(encoded)) for i in range(len(encoded))])
 
 
 def _of_sides(positive: list[Text], negative: list[Text]) -> Contrast:
     sides = [sorted(texts, key=lambda text: text.tokens) for texts in (positive, negative)]
+    if sides[0] == sides[1]:
+        raise ValueError("the two sides are the same texts: there is no contrast.")
     return Contrast([*sides[0], *sides[1]], len(sides[0]), None)
 
 
@@ -92,7 +102,11 @@ def contrast(
     if texts is None or labels is None:
         raise TypeError("extract takes texts= and labels= together.")
     given = encode_texts(model, texts, "texts=", chat=chat)
-    marks = list(labels) if isinstance(labels, Iterable) else [labels]
+    if isinstance(labels, (np.ndarray, mx.array)):
+        labels = labels.tolist()
+    if not isinstance(labels, Iterable) or isinstance(labels, (str, Mapping)):
+        raise TypeError(f"labels= is a list of True and False, one for each text, not {labels!r:.80}.")
+    marks = list(labels)
     if len(given) != len(marks):
         raise ValueError(f"there are {len(given)} texts and {len(marks)} labels.")
     odd = [mark for mark in marks if not isinstance(mark, (bool, np.bool_)) and mark not in (0, 1)]
@@ -121,12 +135,14 @@ def places(model: InterpretableModel, site: str, layers: Any) -> tuple[str, list
         UnknownKey: a place doesn't exist.
     """
     template = SITES.get(site, site) if isinstance(site, str) else ""
-    if set(re.findall(r"\{[^{}]*\}|[{}]", template)) != {"{layer}"}:
+    if not is_template(template):
         raise ValueError(
-            f"site is 'residual', 'attn', 'mlp' or a key with {{layer}} in it, such as "
+            f"site is 'residual', 'attn', 'mlp' or a key with {{layer}} in it, between dots, such as "
             f"'layers.{{layer}}.mlp.down_proj', not {site!r}.{hint(site, SITES)}"
         )
     count = len(model.layers)
+    if isinstance(layers, (np.ndarray, mx.array)):
+        layers = layers.tolist()
     if isinstance(layers, str) and layers == "all":
         chosen = list(range(count))
     else:
@@ -142,12 +158,15 @@ def places(model: InterpretableModel, site: str, layers: Any) -> tuple[str, list
     found = []
     for layer in chosen:
         try:
-            found.append(model._sites.resolve(template.format(layer=layer)))
+            place = model._sites.resolve(template.replace("{layer}", str(layer)))
         except UnknownKey:
             if not isinstance(layers, str):
                 raise
-        # Where all were asked for, a hybrid's layers that have no such place are left out.
+            continue  # where all were asked for, a hybrid's layers that have no such place are left out
+        if place.layer != layer:
+            raise ValueError(f"site={site!r} with layer {layer} is a place of another layer, {place.key}.")
+        found.append(place)
     if not found:
-        model._sites.resolve(template.format(layer=0))
-    kept = [place.layer for place in found]
-    return template, [layer for layer in kept if layer is not None], found
+        model._sites.resolve(template.replace("{layer}", "0"))
+    check_widths(found, [model._sites.width(place) for place in found])
+    return template, [place.layer for place in found if place.layer is not None], found

@@ -14,7 +14,7 @@ import numpy as np
 from mlxsteer import directions
 from mlxsteer.budget import Estimate, check_limit, check_memory, estimated
 from mlxsteer.contrast import Contrast, contrast, places
-from mlxsteer.directions import Compute, Method, single
+from mlxsteer.directions import Compute, Method, Readings, single
 from mlxsteer.model import InterpretableModel
 from mlxsteer.moments import Moments
 from mlxsteer.pairs import ContrastPair, check_seed, check_switch, checked
@@ -24,14 +24,15 @@ from mlxsteer.reading import (
     Read,
     Reader,
     Text,
-    as_chat,
     bos_of,
     check_budget,
     check_completions,
+    check_finite,
     check_model,
     check_progress,
     check_read,
-    encode_side,
+    check_widths,
+    encode_pairs,
     encode_texts,
     pair_batches,
     reading,
@@ -95,9 +96,13 @@ def extract(
     Raises:
         TypeError: no model; the texts come in no way that is known; a switch is neither True nor False.
         ValueError: no such method or layer; nothing to read in a text; a method that needs pairs or a background set;
-            the direction is zero at every layer, because both sides read the same.
+            the layers' places differ in width; activations are NaN; the direction is zero at every layer, because
+            both sides read the same.
         UnknownKey: no such place.
         MemoryError: a batch would not fit; the message says which `batch_tokens` does.
+
+    Warns:
+        UserWarning: pairs without a split are left out, beside others that are in ``"train"``.
     """
     check_progress(progress)
     run, found = _planned(
@@ -111,7 +116,7 @@ def extract(
     return SteeringVector(
         dict(zip(run.layers, rows, strict=True)),
         site=run.site,
-        residual_norms={layer: float(norm) for layer, norm in zip(run.layers, norms, strict=True)},
+        residual_norms={layer: float(norm) for layer, norm in zip(run.layers, norms, strict=True) if norm > 0},
         info=_info(model, run, read, chat, rows.shape[-1]) | measured,
     )
 
@@ -212,11 +217,13 @@ def _planned(
     if chosen.background != (background is not None):
         need = "needs a background set: background=[...]" if chosen.background else "takes no background set"
         raise ValueError(f"{chosen.name} {need}.")
+    bos = bos_of(model)
+    if all(text.tokens == [bos] for text in sides.texts):
+        raise ValueError(f"every text is the token {model.token_to_str(bos or 0)} alone: there is nothing to read.")
     if chosen.compute is single:
         whole, batch = _padded(model, sides.texts), Batch([0, 1])
         run = _Run(chosen, template, numbers, sites, sides, whole, [], [batch], [])
         return run, estimated(model, whole, [batch], sites, chosen, 2, memory)
-    bos = bos_of(model)
     weights = [reading(read, text, bos) for text in sides.texts]
     if chosen.negative and _read_the_same(sides, weights):
         raise ValueError(
@@ -295,10 +302,12 @@ def _by_side(model: InterpretableModel, run: _Run, seed: int, step: Step) -> _Fo
         mx.eval(total)
         done += len(batch.texts)
         step(done, len(run.texts))
-    readings = sums.readings(None if total is None else np.array(total, np.float64) / run.background, seed)
-    found = np.asarray(run.method.compute(readings), np.float64)
-    if found.shape != readings.difference.shape:
-        raise ValueError(f"{run.method.name} gave shape {found.shape}; directions are {readings.difference.shape}.")
+    background = None if total is None else np.array(total, np.float64) / run.background
+    check_finite(run.places, sums.finite())
+    if background is not None:
+        check_finite(run.places, np.isfinite(background))
+    readings = sums.readings(background, seed)
+    found = _computed(run.method, readings)
     if not found.any():
         raise ValueError("the direction is zero at every layer: both sides read the same on average.")
     measured = {
@@ -309,12 +318,30 @@ def _by_side(model: InterpretableModel, run: _Run, seed: int, step: Step) -> _Fo
     return mx.array(found.astype(np.float32)), sums.median_norms(), measured
 
 
+def _computed(method: Method, readings: Readings) -> np.ndarray[Any, Any]:
+    """The directions that a method gives, (layers, D) float64."""
+    given, needed = method.compute(readings), f"shape {readings.difference.shape}"
+    if isinstance(given, mx.array) and given.dtype == mx.bfloat16:  # NumPy has no such type
+        given = given.astype(mx.float32)
+    try:
+        found = np.asarray(given)
+    except ValueError:  # rows of several lengths
+        found = np.array(None)
+    what = f"shape {found.shape}" if found.dtype.kind in "biuf" else f"{type(given).__name__} of {found.dtype.name}"
+    if what != needed:
+        raise ValueError(f"{method.name} gave {what}; directions are an array of real numbers of {needed}.")
+    return found.astype(np.float64)
+
+
 def _by_position(model: InterpretableModel, run: _Run, seed: int, step: Step) -> _Found:
     """Activation addition: of one pair the difference at each position, (layers, tokens, D)."""
     taken, norms = Reader(model, run.places, norms=True).everywhere(run.texts, run.sides.texts)
+    check_widths(run.places, [both.shape[-1] for both in taken])
     found = mx.stack([both[0] - both[1] for both in taken])
     mx.eval(found, norms)
     step(2, 2)
+    check_finite(run.places, np.isfinite(np.array(found)))
+    check_finite(run.places, np.isfinite(np.array(norms)))
     if not found.any().item():
         raise ValueError("the direction is zero at every layer: both sides read the same.")
     return found, np.median(np.array(norms), axis=1), {}
@@ -334,7 +361,9 @@ def _installed(method: Method) -> None:
 
 
 def _said(read: Read) -> str | int:
-    return read if isinstance(read, (str, int)) else getattr(read, "__name__", "callable")
+    if isinstance(read, (int, np.integer)):
+        return int(read)
+    return read if isinstance(read, str) else getattr(read, "__name__", "callable")
 
 
 def _info(model: InterpretableModel, run: _Run, read: Read, chat: bool, width: int) -> dict[str, Any]:
@@ -390,7 +419,8 @@ def separation(
 
     Raises:
         TypeError: no model, no vector, no contrast pairs.
-        ValueError: the vector is another model's, has a direction per position, or is zero at a layer; nothing to read.
+        ValueError: the vector is another model's, has a direction per position, or is zero at a layer; nothing to read;
+            activations are NaN.
         UnknownKey: the model has no such site.
 
     Warns:
@@ -409,24 +439,27 @@ def separation(
     vector._check(model, stacklevel=3)
     given = checked(pairs)
     check_completions(read, given, given)
-    chosen = [as_chat(pair) if chat else pair for pair in given]
-    texts = [Text(*encode_side(model, pair, side)) for side in ("positive", "negative") for pair in chosen]
+    texts = [text for side in zip(*encode_pairs(model, given, given, chat), strict=True) for text in side]
     bos = bos_of(model)
     weights = [reading(read, text, bos) for text in texts]
-    sites = [model._sites.resolve(vector.site.format(layer=layer)) for layer in vector]
+    sites = [model._sites.resolve(vector.key(layer)) for layer in vector]
     unit = mx.stack([vector[layer] for layer in vector])[:, None]
     reader = Reader(model, sites)
     scores = np.zeros((len(vector), len(texts)))
-    n = len(chosen)
+    n = len(given)
     partners = [(i, i + n) for i in range(n)]
     earliest = [int(np.flatnonzero(weight)[0]) for weight in weights]
     for batch in pair_batches(texts, partners, earliest, batch_tokens):
         taken, _ = reader(texts, weights, batch)
+        if taken.shape[-1] != vector.width:
+            raise ValueError(f"the vector is of width {vector.width}, and {sites[0].key} of width {taken.shape[-1]}.")
         scores[:, batch.texts] = np.array(mx.sum(taken * unit, axis=-1))
+    check_finite(sites, np.isfinite(scores))
     return {layer: auroc(row[:n], row[n:]) for layer, row in zip(vector, scores, strict=True)}
 
 
 def auroc(positive: Any, negative: Any) -> float:
     """Area under the ROC curve of two sets of scores: ``P(positive > negative) + ½ P(equal)``."""
-    above = np.subtract.outer(np.asarray(positive, np.float64), np.asarray(negative, np.float64))
-    return float(np.mean((above > 0) + 0.5 * (above == 0)))
+    above, below = np.asarray(positive, np.float64), np.sort(np.asarray(negative, np.float64))
+    halves = np.searchsorted(below, above, "left") + np.searchsorted(below, above, "right")  # twice those below, ties 1
+    return float(np.sum(halves) / (2 * len(above) * len(below)))

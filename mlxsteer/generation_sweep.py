@@ -395,7 +395,7 @@ def _steerings(
             continue
         edit = make(layer, [strength])
         check_positions(edit, layer, at)
-        steering = Steering.of(model._sites, {vector.site.format(layer=layer): edit}).row(0)
+        steering = Steering.of(model._sites, {vector.key(layer): edit}).row(0)
         made[layer, strength] = steering
     return made
 

@@ -84,25 +84,32 @@ class Lens:
     def tokens(self, direction: Any, k: int = 10) -> LensTokens:
         """The tokens whose logits a direction raises and lowers most: ``head(norm(v)) − head(norm(0))``.
 
-        The norm takes the length away: only the direction counts.
+        Only the direction counts: v is scaled to a root mean square of 1 first, far above a norm's ε.
 
         Args:
             direction: a vector's direction or an activation, (D,).
             k: how many of each.
 
         Raises:
-            ValueError: it is not of the model's width, or is zero; k is not from 1 to the size of the vocabulary.
+            ValueError: it is not of the model's width, or is zero; k is not from 1 to the size of the vocabulary; a
+                logit is NaN or infinite.
         """
         v = tensor(direction, "lens: the direction")
         if v.ndim != 1:
             raise ValueError(f"lens: one direction has shape (D,), not {v.shape}.")
         if not v.any().item():
             raise ValueError("lens: the direction is zero.")
+        x = np.array(v, np.float64)
+        v = mx.array((x / np.sqrt(np.mean(x**2))).astype(np.float32))
         logits = self.logits(mx.stack([v, mx.zeros_like(v)])).astype(mx.float32)
-        shift = np.array(logits[0] - logits[1])
-        if isinstance(k, bool) or not 1 <= k <= len(shift):
-            raise ValueError(f"k is a number of tokens from 1 to {len(shift)}, not {k!r}.")
+        count = logits.shape[-1]
+        if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or not 1 <= k <= count:
+            raise ValueError(f"k is a number of tokens from 1 to {count}, not {k!r}.")
+        told = np.array(logits)
+        if bad := int((~np.isfinite(told)).sum()):
+            raise ValueError(f"lens: {bad} of the logits are NaN or infinite: the model's norm or head gives none.")
+        shift = told[0] - told[1]
         order = np.argsort(-shift, kind="stable")
         name = self.model.token_to_str if self.model.tokenizer is not None else str
-        told = [tuple((name(int(i)), float(shift[i])) for i in part) for part in (order[:k], order[::-1][:k])]
-        return LensTokens(*told)
+        ends = [tuple((name(int(i)), float(shift[i])) for i in part) for part in (order[:k], order[::-1][:k])]
+        return LensTokens(*ends)

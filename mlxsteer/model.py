@@ -37,6 +37,8 @@ Text: TypeAlias = "str | Sequence[int] | Sequence[Mapping[str, Any]] | mx.array"
 POCKET = pocket.FOLDER
 """The folder of the bundled model."""
 
+_EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding)
+
 
 class ContextLengthWarning(UserWarning):
     """A prompt is longer than the context that the model was made for."""
@@ -145,8 +147,8 @@ class InterpretableModel:
         BOS is added where the tokenizer adds one, and never twice.
 
         Raises:
-            ValueError: the prompt is empty, holds an id outside the vocabulary, or needs a tokenizer or a chat
-                template that is missing.
+            ValueError: the prompt is empty, holds an id outside the vocabulary, has more tokens than the model has
+                learned positions, or needs a tokenizer or a chat template that is missing.
         """
         if isinstance(prompt, str):
             tokens = self._encode_text(prompt)
@@ -169,7 +171,7 @@ class InterpretableModel:
         weight = embedding.get("weight") if embedding is not None else None
         if weight is not None and max(tokens) >= weight.shape[0]:
             raise ValueError(f"token id {max(tokens)} lies outside the vocabulary of {weight.shape[0]}.")
-        self._warn_if_long(len(tokens))
+        self._check_length(len(tokens))
         return tokens
 
     def _encode_text(self, text: str) -> list[int]:
@@ -197,16 +199,33 @@ class InterpretableModel:
             raise ValueError(f"{what} needs a tokenizer, and this model was given without one; give token ids instead.")
         return self.tokenizer
 
-    def _warn_if_long(self, count: int) -> None:
+    def _check_length(self, count: int) -> None:
         args = getattr(self.model, "args", None)
         for name in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"):
             limit = getattr(args, name, None) or getattr(getattr(args, "text_config", None), name, None)
             if isinstance(limit, int) and count > limit:
+                if self._learns_positions(limit):
+                    raise ValueError(
+                        f"the prompt has {count} tokens, and the model has {limit} learned positions, behind which "
+                        f"there is nothing to read: give at most {limit}."
+                    )
                 message = (
                     f"the prompt has {count} tokens, the model was made for {limit}: what follows may be nonsense."
                 )
                 warnings.warn(message, ContextLengthWarning, stacklevel=generation.outside())
                 return
+
+    def _learns_positions(self, count: int) -> bool:
+        """Whether the model looks its positions up in a table of so many rows, as GPT-2 does: MLX reads on behind it.
+
+        Such a table is an embedding beside the token embedding, as wide, and as long as the context.
+        """
+        tokens = self._sites.modules.get("embed")
+        tables = [m for m in self._sites.trunk.children().values() if isinstance(m, _EMBEDDINGS)]
+        return any(
+            table is not tokens and isinstance(tokens, _EMBEDDINGS) and _shape(table) == (count, _shape(tokens)[1])
+            for table in tables
+        )
 
     def _encode_many(self, prompt: Any) -> tuple[list[list[int]], bool]:
         """Token ids of one prompt or several, and whether they were several."""
@@ -591,6 +610,12 @@ def _told(prompt_tokens: Any, decode: Callable[[list[int]], str] | None) -> Told
     if isinstance(values[0], int):
         return ToldPrompts([values], decode, repeat=True)
     return ToldPrompts([list(v) for v in values], decode, repeat=False)
+
+
+def _shape(embedding: nn.Module) -> tuple[int, int]:
+    """Rows and width of an embedding, quantized or not."""
+    rows, width = embedding.weight.shape
+    return rows, getattr(embedding, "dims", width)
 
 
 def _arrays(module: Any) -> Iterator[mx.array]:

@@ -62,6 +62,13 @@ class Moments:
                 self.rows = np.zeros((len(self.contrast.texts), taken.shape[0], taken.shape[2]), np.float32)
             self.rows[numbers] = np.array(taken).transpose(1, 0, 2)
 
+    def finite(self) -> np.ndarray[Any, Any]:
+        """Whether all that was taken in is finite, (places,)."""
+        sound: np.ndarray[Any, Any] = np.isfinite(self._sum(0)).all(axis=(1, 2))
+        for part in self.norms:
+            sound = sound & np.isfinite(part).all(axis=1)
+        return sound
+
     def _sum(self, index: int) -> np.ndarray[Any, Any]:
         return np.array(self.sums[index], np.float64)
 

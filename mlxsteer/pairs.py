@@ -8,7 +8,7 @@ import json
 import numbers
 import random
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, SupportsIndex, overload
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ class ContrastPair:
     negative: str = ""
     split: str | None = None
     chat: bool = False
-    messages: tuple[dict[str, str], ...] = ()
+    messages: tuple[dict[str, str], ...] = field(default=(), hash=False)  # dicts have no hash
 
     def __post_init__(self) -> None:
         for name in ("prompt", "positive", "negative"):

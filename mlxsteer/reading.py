@@ -3,6 +3,7 @@ block that is read runs at all."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -70,24 +71,70 @@ def encode_side(model: InterpretableModel, pair: ContrastPair, side: str) -> tup
         pair: the pair.
         side: ``"positive"`` or ``"negative"``.
 
+    Returns:
+        The tokens, and a number of at least 1: what a completion's token is scored by is the token before it.
+
     Raises:
-        ValueError: the pair is a chat, and the model has no chat template.
+        ValueError: the pair is a chat, and the model has no chat template; the text is longer than the model's table
+            of positions, or has half a character.
     """
+    text = _side(model, pair, side)
+    return text.tokens, max(text.prompt, 1)
+
+
+def encode_pairs(
+    model: InterpretableModel, pairs: Sequence[ContrastPair], chosen: Sequence[ContrastPair], chat: bool
+) -> list[tuple[Text, Text]]:
+    """Both sides of pairs, to be read; a completion without a prompt begins at token 0, or behind BOS.
+
+    Args:
+        model: the model.
+        pairs: all pairs that were given: a refusal says which of them it is.
+        chosen: those of them that are read.
+        chat: prompts are a user's messages.
+
+    Raises:
+        ValueError: as in `encode_side`.
+    """
+    encoded = []
+    for pair in chosen:
+        texts = []
+        for side in ("positive", "negative"):
+            try:
+                texts.append(_side(model, as_chat(pair) if chat else pair, side))
+            except (TypeError, ValueError) as error:
+                number = next(i for i, one in enumerate(pairs) if one is pair)
+                raise type(error)(f"pair {number}, {side} side: {error}") from error
+        encoded.append((texts[0], texts[1]))
+    return encoded
+
+
+def _side(model: InterpretableModel, pair: ContrastPair, side: str) -> Text:
     completion = getattr(pair, side)
+    _check_whole([pair.prompt, completion, *(message["content"] for message in pair.messages)])
     if pair.chat or pair.messages:
         said = list(pair.messages) or [{"role": "user", "content": pair.prompt or completion}]
         tokens = model.encode(said)
         if not (pair.prompt or pair.messages):  # the sides are messages themselves: all of it is prompt
-            return tokens, len(tokens)
+            return Text(tokens, len(tokens))
         assert model.tokenizer is not None
-        return [*tokens, *model.tokenizer.encode(completion, add_special_tokens=False)], len(tokens)
+        whole = [*tokens, *model.tokenizer.encode(completion, add_special_tokens=False)]
+        model._check_length(len(whole))
+        return Text(whole, len(tokens))
     tokens = model.encode(pair.prompt + completion)
-    alone = model.encode(pair.prompt) if pair.prompt else tokens[:1]
-    return tokens, min(_common(tokens, alone), len(tokens) - 1)
+    alone = model.encode(pair.prompt) if pair.prompt else [bos_of(model)]
+    return Text(tokens, min(_common(tokens, alone), len(tokens) - 1))
+
+
+def _check_whole(texts: Iterable[str]) -> None:
+    if any(re.search("[\ud800-\udfff]", text) for text in texts):
+        raise ValueError("it has half a character (a lone surrogate), which no tokenizer reads.")
 
 
 def encode_text(model: InterpretableModel, text: Any, *, chat: bool = False) -> Text:
     """One text, token ids or a chat, all of it prompt; with ``chat``, a text is a user's message."""
+    if isinstance(text, str):
+        _check_whole([text])
     tokens = model.encode([{"role": "user", "content": text}] if chat and isinstance(text, str) else text)
     return Text(tokens, len(tokens))
 
@@ -125,7 +172,7 @@ def bos_of(model: InterpretableModel) -> int | None:
     return getattr(model.tokenizer, "bos_token_id", None) if model.tokenizer is not None else None
 
 
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
+def _common(a: Sequence[int], b: Sequence[int | None]) -> int:
     """Length of the common beginning."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
@@ -171,6 +218,32 @@ def _keys(keys: Any) -> list[str]:
     if not given:
         raise ValueError("there are no keys: give at least one, such as 'layers.5'.")
     return given
+
+
+def check_widths(sites: Sequence[Site], widths: Sequence[int | None]) -> None:
+    """Refuse places of several widths, which make no one vector; None is a width that isn't known yet.
+
+    Raises:
+        ValueError: with two of the places and their widths.
+    """
+    known = [(site, width) for site, width in zip(sites, widths, strict=True) if width is not None]
+    for site, width in known[1:]:
+        if width != known[0][1]:
+            raise ValueError(
+                f"{known[0][0].key} has {known[0][1]} features and {site.key} {width}, and a vector is of one width: "
+                "extract layers of one width at a time."
+            )
+
+
+def check_finite(sites: Sequence[Site], finite: Iterable[Any]) -> None:
+    """Refuse activations that are no numbers.
+
+    Raises:
+        ValueError: with the first of the places where not all are finite.
+    """
+    for site, sound in zip(sites, finite, strict=True):
+        if not np.all(sound):
+            raise ValueError(f"the activations at {site.key} hold NaN or infinite values: nothing comes of them.")
 
 
 # -- which tokens are read -----------------------------------------------------------------------------------------
@@ -236,9 +309,13 @@ def reading(read: Read, text: Text, bos: int | None) -> np.ndarray:
         chosen = [-1]
     elif callable(read):
         found: Any = np.asarray(read(list(text.tokens)))
-        chosen = np.flatnonzero(found).tolist() if found.dtype == bool else np.atleast_1d(found).tolist()
-        if not len(chosen) or any(not isinstance(index, int) for index in chosen):
-            raise ValueError(f"read: the callable gave {found.tolist()!r} for a text; it gives one index or several.")
+        mask = found.dtype == bool and found.shape == (length,)
+        chosen = np.flatnonzero(found).tolist() if mask else np.atleast_1d(found).tolist()
+        if not len(chosen) or any(not isinstance(index, int) or isinstance(index, bool) for index in chosen):
+            raise ValueError(
+                f"read: the callable gave {found.tolist()!r} for a text of {length} tokens; it gives one index or "
+                "several, or True and False for each token."
+            )
     else:
         chosen = [int(read)]
     weights = np.zeros(length, np.float32)
@@ -331,6 +408,7 @@ class Reader:
     ) -> tuple[mx.array, mx.array | None]:
         """Staged: the activations read, (places, rows, features) float32, and norms, (places, tokens), if asked for."""
         taken, norms = self.each(texts, weights, batch)
+        check_widths(self.sites, [rows.shape[-1] for rows in taken])
         return mx.stack(taken), norms
 
     def each(
@@ -381,7 +459,8 @@ class Reader:
         pieces = [row.tokens[start : start + width] for row in rows]
         ids = mx.array([[*piece, *[0] * (width - len(piece))] for piece in pieces])
         decode = self.model.tokenizer.decode if self.model.tokenizer is not None else None
-        prompts = [Prompt(row.prompt, row.tokens[: row.prompt], decode) for row in rows]
+        ends = [max(row.prompt, 1) for row in rows]  # for the steerings around: generation begins behind some token
+        prompts = [Prompt(end, row.tokens[:end], decode) for row, end in zip(rows, ends, strict=True)]
         tokens = Tokens([start] * len(rows), [len(piece) for piece in pieces], width, prompts)
         plan = Plan(self.model._sites, capture=self.sites, tokens=tokens, stop=self.stop)
         if self.stop is not None:

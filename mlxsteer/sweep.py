@@ -187,7 +187,7 @@ def _maker(
 
     def make(layer: int, rows: list[float]) -> Intervention:
         if intervention == "add_vector":
-            return vector.at(layer, rows, at, unit=unit)[vector.site.format(layer=layer)]  # type: ignore[arg-type]
+            return vector.at(layer, rows, at, unit=unit)[vector.key(layer)]  # type: ignore[arg-type]
         if callable(intervention):
             return intervention(vector[layer], rows)
         parameter = _DIRECTION.get(intervention, "direction")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ _MISFITS = (
     "one is of width {}, the other of {}",
     "one has a direction for {}, the other for {}",
 )
+_TEMPLATE = re.compile(r"([^{}]+\.)?\{layer\}([.#][^{}]*)?")
 _PARALLEL = 1e-6
 """Less than this share of a direction's length is what rounding leaves of it."""
 
@@ -42,8 +44,31 @@ def _whole(layer: Any) -> bool:
     return isinstance(layer, (int, np.integer)) and not isinstance(layer, bool)
 
 
-def _length(direction: mx.array) -> mx.array:
-    return mx.sqrt(mx.sum(direction * direction))
+def is_template(site: Any) -> bool:
+    """Whether it is a key in which ``{layer}`` stands once, as a segment of its own, and no other brace."""
+    return isinstance(site, str) and _TEMPLATE.fullmatch(site) is not None
+
+
+def _length(direction: mx.array) -> float:
+    """The length of a direction; of one per position, the longest one's."""
+    return float(np.linalg.norm(np.array(direction, np.float64), axis=-1).max())
+
+
+def _times(direction: mx.array, factor: float) -> mx.array:
+    """In float64 up to the product: a factor may be too large or small for float32 where the product isn't."""
+    return mx.array((np.array(direction, np.float64) * factor).astype(np.float32))
+
+
+def _direction(value: Any, layer: int) -> mx.array:
+    what = f"the direction of layer {layer}"
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":  # MLX takes no foreign byte order
+        with np.errstate(over="ignore"):  # what is too large becomes infinite, and is refused as such
+            value = value.astype(np.float32)
+    try:
+        value = mx.array(value)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise TypeError(f"{what} is an array or list of numbers, not {type(value).__name__}.") from error
+    return tensor(value, what)
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,10 +76,11 @@ class SteeringVector:
     """Directions in the activations of several layers.
 
     Attributes:
-        directions: layer → direction, (D,) float32; or one per position at the front of a prompt, (tokens, D). Layers
-            count from 0.
+        directions: layer → direction, (D,) float32; or one per position at the front of a prompt, (tokens, D), whose
+            length is the longest one's: what is scaled keeps their proportions, and zeros where the texts were the
+            same. Layers count from 0.
         site: the key they belong to, with ``{layer}`` in place of the number.
-        residual_norms: layer → median norm of the activation there, over real tokens without BOS.
+        residual_norms: layer → median norm of the activation there, over real tokens without BOS; above 0.
         info: where they come from: model, architecture, hidden size, method, and so on.
     """
 
@@ -75,21 +101,17 @@ class SteeringVector:
             raise ValueError(f"a layer is a whole number from 0 on, not {wrong[0]!r}.")
         if not self.directions:
             raise ValueError("a steering vector has a direction for at least one layer.")
-        try:
-            named = "{layer}" in self.site and self.site.format(layer=0) != self.site
-        except (KeyError, IndexError, ValueError):
-            named = False
-        if not named:
+        if not is_template(self.site):
             raise ValueError(
-                f"a vector's site is a key with {{layer}} in it, such as 'layers.{{layer}}', not {self.site!r}."
+                "a vector's site is a key with {layer} in it, between dots, such as 'layers.{layer}', not "
+                f"{self.site!r}."
             )
-        made = {
-            int(layer): tensor(direction, f"the direction of layer {layer}")
-            for layer, direction in sorted(self.directions.items())
-        }
+        made = {int(layer): _direction(direction, layer) for layer, direction in sorted(self.directions.items())}
         if len(shapes := {direction.shape for direction in made.values()}) > 1 or len(next(iter(shapes))) not in (1, 2):
             raise ValueError(f"the directions have shapes {sorted(shapes)}; all are (D,), or all (tokens, D).")
         object.__setattr__(self, "directions", made)
+        object.__setattr__(self, "residual_norms", _norms(self.residual_norms))
+        object.__setattr__(self, "info", _origin(self.info))
 
     def __getitem__(self, layer: int) -> mx.array:
         if not _whole(layer):
@@ -142,6 +164,8 @@ class SteeringVector:
         """The layers that are asked for, each of which has a direction."""
         if isinstance(layers, str) and layers == "all":
             return self.layers
+        if isinstance(layers, (np.ndarray, mx.array)):
+            layers = layers.tolist()
         several = isinstance(layers, Iterable) and not isinstance(layers, str)
         chosen = list(layers) if several else [layers]
         if any(not _whole(layer) for layer in chosen):
@@ -168,9 +192,12 @@ class SteeringVector:
 
     @property
     def norms(self) -> dict[int, float]:
-        """Layer → length of the direction."""
-        lengths: dict[int, Any] = {layer: _length(direction).item() for layer, direction in self.directions.items()}
-        return {layer: float(length) for layer, length in lengths.items()}
+        """Layer → length of the direction; where there is one per position, of the longest of them."""
+        return {layer: _length(direction) for layer, direction in self.directions.items()}
+
+    def key(self, layer: int) -> str:
+        """The key of the vector's place in a layer, such as ``"layers.5"``."""
+        return self.site.replace("{layer}", str(layer))
 
     @cached_property
     def _zeros(self) -> frozenset[int]:
@@ -243,12 +270,12 @@ class SteeringVector:
                 f"the vector has a direction for layer {self.layers[-1]} and {model.name} has {count} layers, from 0 "
                 f"to {count - 1}: it is another model's."
             )
-        for layer in (self.layers[0], self.layers[-1]):
-            width = model._sites.width(model._sites.resolve(self.site.format(layer=layer)))
+        for layer in self.layers:
+            width = model._sites.width(model._sites.resolve(self.key(layer)))
             if width is not None and width != self.width:
                 raise ValueError(
-                    f"the vector is of width {self.width}, and {self.site.format(layer=layer)} of {model.name} of "
-                    f"width {width}: it is another model's."
+                    f"the vector is of width {self.width}, and {self.key(layer)} of {model.name} of width {width}: it "
+                    "is another model's."
                 )
         told, here = self.info, model.identity
         said = [
@@ -281,7 +308,8 @@ class SteeringVector:
             at: which tokens. A vector that has a direction per position is added at the front of the prompt, and takes
                 no other place.
             unit: ``"raw"`` adds ``s·v``; ``"residual"`` adds ``s·r·v/‖v‖``, with r the layer's median norm, so that a
-                strength means the same at every layer and in every model.
+                strength means the same at every layer and in every model. Of a vector that has a direction per
+                position, ‖v‖ is the longest one's length.
 
         Raises:
             KeyError: the vector lacks a layer.
@@ -303,13 +331,13 @@ class SteeringVector:
             direction = self[layer] if unit == "raw" else self._in_residual_units(layer)
             strong = base * own if rows is None else [row * own for row in rows]
             if self.positions is None:
-                made[self.site.format(layer=layer)] = AddVector(direction, strong, at=at)
+                made[self.key(layer)] = AddVector(direction, strong, at=at)
                 continue
             if at not in ("all", "first"):
                 raise ValueError(
                     f"this vector has a direction for each of the first {self.positions} positions: no at=."
                 )
-            made[self.site.format(layer=layer)] = AddSequence(direction, strong)
+            made[self.key(layer)] = AddSequence(direction, strong)
         return made
 
     @staticmethod
@@ -326,9 +354,9 @@ class SteeringVector:
         if norm is None:
             raise ValueError(f"unit='residual' needs the vector's residual norm at layer {layer}, and it is unknown.")
         length = _length(direction)
-        if not length.item():
+        if not length:
             raise ValueError(f"the direction of layer {layer} is zero: it has no unit of length.")
-        return direction * (norm / length)
+        return _times(direction, norm / length)
 
     # -- arithmetic ------------------------------------------------------------------------------------------------
 
@@ -380,19 +408,21 @@ class SteeringVector:
         return self._map(lambda _, direction: -direction)
 
     def normalized(self) -> SteeringVector:
-        """Every direction scaled to length 1."""
-        return self._map(lambda layer, direction: direction / self._settled_length(layer))
+        """Every direction scaled to length 1; of directions per position, the longest is.
 
-    def _settled_length(self, layer: int) -> mx.array:
-        length = _length(self[layer])
-        if not length.item():
-            raise ValueError(f"the direction of layer {layer} is zero: it can't be scaled to length 1.")
-        return length
+        Raises:
+            ValueError: a direction is zero, at all positions.
+        """
+        for layer, length in self.norms.items():
+            if not length:
+                raise ValueError(f"the direction of layer {layer} is zero: it can't be scaled to length 1.")
+        return self._map(lambda _, direction: _times(direction, 1 / _length(direction)))
 
     def orthogonal_to(self, other: SteeringVector) -> SteeringVector:
         """What is left of every direction without its component along the other's: ``v − ⟨v, ŵ⟩ŵ``.
 
-        Of a parallel direction nothing is left: what rounding leaves, below 10⁻⁶ of its length, is zero.
+        Of a parallel direction nothing is left: what rounding leaves, below 10⁻⁶ of its length, is zero. Directions
+        per position count together, as one long direction.
 
         Raises:
             TypeError: the other is no vector.
@@ -410,16 +440,20 @@ class SteeringVector:
         return self._with(other.normalized(), without)
 
     def cosine(self, other: SteeringVector) -> dict[int, float]:
-        """Layer → cosine of the angle between the two directions.
+        """Layer → cosine of the angle between the two directions; those per position count together, as one long one.
 
         Raises:
             TypeError: the other is no vector.
             ValueError: they don't fit together, or a direction is zero.
         """
         _needed("cosine", other)
-        product = self.normalized()._with(other.normalized(), lambda a, b: a * b)
-        sums: dict[int, Any] = {layer: mx.sum(direction).item() for layer, direction in product.directions.items()}
-        return {layer: float(value) for layer, value in sums.items()}
+        ours, theirs = self.normalized(), other.normalized()
+        ours._with(theirs, lambda a, b: a)  # refuses what doesn't fit together
+        cosines = {}
+        for layer in self.layers:
+            a, b = np.array(ours[layer], np.float64), np.array(theirs[layer], np.float64)
+            cosines[layer] = float(np.sum(a * b) / (np.linalg.norm(a) * np.linalg.norm(b)))
+        return cosines
 
     # -- files -------------------------------------------------------------------------------------------------------
 
@@ -507,6 +541,32 @@ class SteeringVector:
         from mlxsteer import formats
 
         return formats.push(self, repository, private=private, commit_message=commit_message)
+
+
+def _norms(norms: Any) -> dict[int, float]:
+    """Layer → residual norm, as plain numbers."""
+    if not isinstance(norms, Mapping):
+        raise TypeError(f"residual norms are a dict from layers to norms, such as {{5: 20.0}}, not {norms!r:.80}.")
+    if wrong := [layer for layer in norms if not _whole(layer) or layer < 0]:
+        raise ValueError(f"a layer is a whole number from 0 on, not {wrong[0]!r}: so are those of the residual norms.")
+    made = {int(layer): number(norm, f"the residual norm of layer {layer}") for layer, norm in norms.items()}
+    for layer, norm in made.items():
+        if norm <= 0:
+            raise ValueError(f"the residual norm of layer {layer} is above 0, not {norm}.")
+    return made
+
+
+def _origin(info: Any) -> dict[str, Any]:
+    """A copy of a vector's info, in which what was measured of the data is numbers."""
+    if not isinstance(info, Mapping):
+        raise TypeError(f"info is a dict, not {type(info).__name__}.")
+    for name in _MEASURED:
+        try:
+            for layer, value in info[name].items() if name in info else ():
+                number(value, f"{name} of layer {int(layer)}")
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ValueError(f"the {name} in info is a dict from layers to numbers, not {info[name]!r:.80}.") from error
+    return dict(info)
 
 
 def _needed(what: str, other: Any) -> None:

@@ -15,10 +15,10 @@ import pytest
 import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import spearmanr
+from scipy.stats import spearmanr  # type: ignore[import-untyped]
 from test_extraction import ids, tokenizer
 
-from mlxsteer import ContrastPair, InterpretableModel, UnknownKey, after, datasets
+from mlxsteer import ContrastPair, InterpretableModel, UnknownKey, after, datasets, lens
 from mlxsteer import interventions as iv
 from mlxsteer.continuation import Continuation
 from mlxsteer.generation import Generation
@@ -61,7 +61,7 @@ def llama() -> InterpretableModel:
 
 @dataclass
 class Edit:
-    """One intervention, and the same by hand: which module, its input or output, what becomes of it, at which tokens."""
+    """One intervention, and the same by hand: which module, input or output, what becomes of it, which tokens."""
 
     key: str
     intervention: Any
@@ -132,8 +132,8 @@ def run(model: InterpretableModel, tokens: Sequence[int], prompt: int, edits: Se
             mask = np.zeros((1, len(tokens), 1), bool)
             mask[0, [p for p in edit.at(prompt, len(tokens)) if p < len(tokens)]] = True
 
-            def change(x: mx.array, edit: Edit = edit, mask: Any = mx.array(mask)) -> mx.array:
-                return mx.where(mask, edit.change(x).astype(x.dtype), x)
+            def change(x: mx.array, edit: Edit = edit, mask: np.ndarray = mask) -> mx.array:
+                return mx.where(mx.array(mask), edit.change(x).astype(x.dtype), x)
 
             stack.enter_context(changed(edit.module(model.model), change, edit.enters))
         return log_softmax(model.model(mx.array([list(tokens)]))[0])
@@ -185,12 +185,12 @@ def add(layer: int, at: Any, where: Callable[[int, int], Sequence[int]], strengt
 
 
 CASES = [(family, at, where) for family in [*SOME, "llama 4-bit"] for at, where in PLACES
-         if family in ("llama", "gemma2", "mamba2") or at in (-1, "all")]  # fmt: skip
+         if family in ("llama", "gemma2") or at == -1 or (at == "all" and family != "rwkv7")]  # fmt: skip
 
 
 @pytest.mark.parametrize(("family", "at", "where"), CASES, ids=[f"{family} {at}" for family, at, _ in CASES])
 def test_divergence_is_that_of_two_plain_forwards(family: str, at: Any, where: Any) -> None:
-    model = tiny_model(family.split()[0], 4 if "4-bit" in family else None)
+    model = tiny_model(family.split(maxsplit=1)[0], 4 if "4-bit" in family else None)
     edits = [add(1, at, where)]
     expected = plain_kl(model, [ids(p) for p in PROMPTS], edits)
     found = per_token(model, edits)
@@ -244,7 +244,7 @@ EDITS: dict[str, list[Edit]] = {
     "ablate": [Edit("layers.1", iv.ablate(W), block(1), ablated, everywhere)],
     "clamp": [Edit("layers.2", iv.clamp(high=-2.0, along=W, at="last"), block(2), kept_low, from_last)],
     "scale": [Edit("layers.0.mlp", iv.scale(3.0), lambda m: m.layers[0].mlp, lambda x: 3 * x, everywhere)],
-    "a plain function": [Edit("layers.1", lambda x: mx.tanh(x), block(1), mx.tanh, everywhere)],
+    "a plain function": [Edit("layers.1", mx.tanh, block(1), mx.tanh, everywhere)],
     "one after the other": [
         Edit("layers.1", [iv.scale(2.0, at=-1), iv.add_vector(V, at=-1)], block(1), lambda x: 2 * x + V, at_last)],
     "a slice": [Edit("layers.1", iv.add_vector(V, at=slice(1, 3)), block(1), lambda x: x + V,
@@ -292,7 +292,7 @@ def test_prompts_are_texts_or_token_ids_or_chats(llama: InterpretableModel, pock
     same(per_token(pocket, steering, chats, tokens=2), expected, 1e-4)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3_text"])
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_results_do_not_depend_on_batches(family: str) -> None:
     model = tiny_model(family)
     for edits in ([add(1, -1, at_last)], [add(2, "all", everywhere), add(1, "generated", generated)]):
@@ -302,7 +302,7 @@ def test_results_do_not_depend_on_batches(family: str) -> None:
     assert Reference(model, PROMPTS, tokens=2, batch_tokens=25).texts == Reference(model, PROMPTS, tokens=2).texts
 
 
-@pytest.mark.parametrize("family", FEW)
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma4_text"])
 def test_no_strength_is_no_divergence(family: str) -> None:
     model = tiny_model(family)
     for at in (-1, "all"):
@@ -312,7 +312,7 @@ def test_no_strength_is_no_divergence(family: str) -> None:
         assert kl(model, {"layers.1": iv.add_vector(V, 0.0, at=at)}, PROMPTS, tokens=TOKENS).largest == 0.0
 
 
-@pytest.mark.parametrize("family", FEW)
+@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3_next"])
 def test_doses_are_the_single_runs(family: str) -> None:
     model = tiny_model(family)
     for at, variants in ((-1, 3), ("all", 1)):
@@ -348,9 +348,7 @@ def counted(model: InterpretableModel) -> Iterator[list[int]]:
             stack.callback(setattr, module, "__class__", cls)
         patch = pytest.MonkeyPatch()
         stack.callback(patch.undo)
-        from mlxsteer import continuation
-
-        head = continuation.through_head
+        head = lens.through_head
 
         def alone(*args: Any) -> mx.array:
             before = list(seen)
@@ -358,7 +356,7 @@ def counted(model: InterpretableModel) -> Iterator[list[int]]:
             seen[:] = before
             return logits
 
-        patch.setattr(continuation, "through_head", alone)
+        patch.setattr("mlxsteer.continuation.through_head", alone)
         yield seen
 
 
@@ -417,7 +415,8 @@ def test_what_can_not_be_measured_is_refused(llama: InterpretableModel) -> None:
 def test_a_summary_is_in_nats_and_words() -> None:
     values = np.array([0.1, 0.4, 0.0, 0.3, 2.0])
     found = Divergence.of(values)
-    assert (found.mean, found.p50, found.largest, found.tokens) == (pytest.approx(0.56), 0.3, 2.0, 5)
+    assert found.mean == pytest.approx(0.56)
+    assert (found.p50, found.largest, found.tokens) == (0.3, 2.0, 5)
     assert found.p95 == pytest.approx(0.4 + 0.8 * 1.6)  # a line between the two largest
     assert str(found) == "KL 0.56 nats a token on average (median 0.3, 95th percentile 1.68)"
 
@@ -426,7 +425,7 @@ def test_a_summary_is_in_nats_and_words() -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "mamba2"])
-@pytest.mark.parametrize("budget", [1, 30, 4096])
+@pytest.mark.parametrize("budget", [30, 4096])
 def test_likelihood_and_perplexity_are_those_of_a_plain_forward(family: str, budget: int) -> None:
     model = tiny_model(family)
     texts = [Text(ids("the food"), 4), Text(ids("rain"), 5), Text(ids("a b c"), 1), Text(ids("we."), 2)]
@@ -466,9 +465,9 @@ def preference(
     return float(sums[0] - sums[1])
 
 
-@pytest.mark.parametrize("family", ["llama 4-bit", *FEW, "mamba2", "rwkv7"])
+@pytest.mark.parametrize("family", ["llama 4-bit", *FEW[1:], "mamba2"])
 def test_preferences_are_those_of_plain_forwards(family: str) -> None:
-    model = tiny_model(family.split()[0], 4 if "4-bit" in family else None)
+    model = tiny_model(family.split(maxsplit=1)[0], 4 if "4-bit" in family else None)
     edits = [add(1, -1, at_last, 2.0), add(3, "all", everywhere, -1.0)]
     for normalize in (None, "token"):
         base, steered = ([preference(model, pair, some, per=bool(normalize)) for pair in PAIRS] for some in ((), edits))
@@ -485,8 +484,6 @@ def test_preferences_are_those_of_plain_forwards(family: str) -> None:
         np.testing.assert_allclose(preferences.under(made), steered, atol=2e-4)
         np.testing.assert_allclose(preferences.shift(steering), moved, atol=2e-4)
         np.testing.assert_allclose(preferences.shift(steering, 0.0), 0, atol=1e-12)
-        if family == "rwkv7":
-            continue  # slow
         halves = [add(1, -1, at_last, 1.0), add(3, "all", everywhere, -0.5)]
         expected = [preference(model, pair, halves, per=bool(normalize)) for pair in PAIRS]
         np.testing.assert_allclose(preferences.shift(steering, 0.5) + base, expected, atol=2e-4)
@@ -500,7 +497,7 @@ def test_preferences_under_edits_of_all_kinds(llama: InterpretableModel, name: s
     np.testing.assert_allclose(found, moved, atol=2e-4)
 
 
-@pytest.mark.parametrize("family", FEW)
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
 @pytest.mark.parametrize("at", [-1, "all"])
 def test_doses_of_preferences_are_the_single_runs(family: str, at: Any) -> None:
     model, where = tiny_model(family), at_last if at == -1 else everywhere
@@ -526,14 +523,17 @@ def test_the_bundled_models_preferences_move_as_plain_forwards_say(pocket: Inter
 
 
 def test_what_surrounds_a_measurement_is_its_base(llama: InterpretableModel) -> None:
-    around, edits = add(2, "all", everywhere, 0.7), [add(1, -1, at_last), add(3, "last", from_last, 0.5)]
+    """What surrounds it acts on every block and behind them, where a pass of its own would end."""
+    around = [add(2, "all", everywhere, 0.7),
+              Edit("norm", iv.scale(1.5), lambda m: m.model.norm, lambda x: x * 1.5, everywhere)]  # fmt: skip
+    edits, outer = [add(1, -1, at_last), add(3, "last", from_last, 0.5)], {e.key: e.intervention for e in around}
     steering = {edit.key: edit.intervention for edit in edits}
-    base = [preference(llama, pair, [around]) for pair in PAIRS]
-    moved = np.array([preference(llama, pair, [around, *edits]) for pair in PAIRS]) - base
+    base = [preference(llama, pair, around) for pair in PAIRS]
+    moved = np.array([preference(llama, pair, [*around, *edits]) for pair in PAIRS]) - base
     unsurrounded = [preference(llama, pair, edits) - preference(llama, pair) for pair in PAIRS]
     assert np.abs(moved - unsurrounded).max() > 1e-3
-    edited = llama.edit({around.key: around.intervention})
-    with llama.steer({around.key: around.intervention}):
+    edited = llama.edit(outer)
+    with llama.steer(outer):
         inside = Preferences(llama, PAIRS, at=[Position.of(-1), Position.of("last")])
         np.testing.assert_allclose(inside.base, base, atol=2e-4)
         np.testing.assert_allclose(inside.shift(steering), moved, atol=2e-4)
@@ -543,7 +543,10 @@ def test_what_surrounds_a_measurement_is_its_base(llama: InterpretableModel) -> 
     np.testing.assert_allclose(preference_shift(llama, steering, PAIRS), unsurrounded, atol=2e-4)
     bare.cache_clear()
     continued.cache_clear()
-    with tiny.by_hand(llama.model.layers[2], lambda x: x + 0.7 * V):
+    with (
+        tiny.by_hand(llama.model.layers[2], lambda x: x + 0.7 * V),
+        tiny.by_hand(llama.model.model.norm, lambda x: x * 1.5),
+    ):
         expected = plain_kl(llama, [ids(p) for p in PROMPTS], edits)
     bare.cache_clear()
     continued.cache_clear()
@@ -564,6 +567,10 @@ def test_pairs_that_can_not_be_measured_are_refused(llama: InterpretableModel) -
         preference_shift(llama, {"layers.1": iv.add_vector(V, at=after("zebra"))}, PAIRS)
 
 
+def moved_along_w(strength: float, x: mx.array) -> mx.array:
+    return x + strength * W
+
+
 # -- several edits of one pass -----------------------------------------------------------------------------------------
 
 
@@ -573,7 +580,7 @@ def test_a_continuation_takes_several_edits_for_several_copies(family: str, plai
     model = tiny_model(family)
     rows = [ids("the food was"), ids("a day or so")]
     texts, needed = [Text(row, 5) for row in rows], [range(4, len(row) - 1) for row in rows]
-    one = Continuation(model, texts, needed, [Position.of(-1), Position.of("generated")], plain=plain)
+    one = Continuation(model, texts, needed, [Position.of("generated"), Position.of(-1)], plain=plain)
     strengths = [s for s in (0.5, 2.0) for _ in rows]
     made = [("layers.2", iv.add_vector(V, strengths, at="generated")), ("layers.1", iv.add_vector(W, strengths, at=-1))]
     found = one.divergences([(model._sites.resolve(key), edit) for key, edit in made], 2)
@@ -581,7 +588,7 @@ def test_a_continuation_takes_several_edits_for_several_copies(family: str, plai
     for strength in (0.5, 2.0):
         expected.append([])
         for row in rows:
-            second = Edit("", None, block(1), lambda x, s=strength: x + s * W, at_last)
+            second = Edit("", None, block(1), functools.partial(moved_along_w, strength), at_last)
             base, steered = (run(model, row, 5, edits) for edits in ((), [add(2, "all", generated, strength), second]))
             expected[-1] += list((np.exp(base) * (base - steered)).sum(-1)[4 : len(row) - 1])
     assert found.shape == (2, sum(map(len, needed)))

@@ -6,7 +6,9 @@ import json
 import re
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +73,9 @@ def test_effect_and_dose_response_are_those_of_plain_forwards(llama: Interpretab
 def test_divergence_is_that_of_plain_forwards(llama: InterpretableModel, found: Evaluation) -> None:
     each = plain_kl(llama, [llama.encode(prompt) for prompt in NEUTRAL], EDITS, 3)
     told = (found.divergence.mean, found.divergence.p50, found.divergence.p95, found.divergence.largest)
-    assert told == pytest.approx((each.mean(), np.median(each), np.quantile(each, 0.95), each.max()), rel=2e-3, abs=5e-6)
+    assert told == pytest.approx(
+        (each.mean(), np.median(each), np.quantile(each, 0.95), each.max()), rel=2e-3, abs=5e-6
+    )
     assert found.divergence.tokens == 3 * len(NEUTRAL)
 
 
@@ -86,6 +90,7 @@ def perplexity(model: InterpretableModel, texts: list[Any]) -> float:
 
 def statistics(texts: list[list[int]]) -> TextStatistics:
     """Counted by hand."""
+
     def repeat(t: list[int]) -> int:
         spans = [(i, j, n) for n in range(1, len(t)) for i in range(len(t) - n) for j in range(i + 1, len(t) - n + 1)]
         return max((n for i, j, n in spans if t[i : i + n] == t[j : j + n]), default=0)
@@ -93,7 +98,7 @@ def statistics(texts: list[list[int]]) -> TextStatistics:
     shares = [np.array(list(Counter(t).values())) / len(t) for t in texts]
     return TextStatistics(
         float(np.mean([len(set(t)) / len(t) for t in texts])),
-        float(np.mean([len(set(zip(t, t[1:], strict=False))) / (len(t) - 1) for t in texts])),
+        float(np.mean([len(set(pairwise(t))) / (len(t) - 1) for t in texts])),
         float(np.mean([repeat(t) for t in texts])),
         float(np.mean([-(p * np.log(p)).sum() for p in shares])),
         float(np.mean([len(t) for t in texts])),
@@ -110,6 +115,10 @@ def test_texts_are_sampled_with_one_seed_and_judged_unsteered(llama: Interpretab
         for name in ("distinct_1", "distinct_2", "longest_repeat", "entropy", "length"):
             assert getattr(told, name) == pytest.approx(getattr(counted, name)), name
     assert found.samples == tuple((p, str(a), str(b)) for p, a, b in zip(NEUTRAL, own, steered, strict=True))
+
+
+def pushed(edit: Any, x: mx.array) -> mx.array:
+    return x + edit.strength * edit.vector
 
 
 def test_nulls_are_random_vectors_of_the_same_lengths(
@@ -129,10 +138,7 @@ def test_nulls_are_random_vectors_of_the_same_lengths(
             assert (edit.strength, edit.at) == (own.intervention.strength, own.intervention.at)
             assert mx.linalg.norm(edit.vector).item() == pytest.approx(mx.linalg.norm(V).item(), rel=1e-5)
             vectors.append(np.array(edit.vector) / np.linalg.norm(np.array(edit.vector)))
-        changes = [
-            replace(one, change=lambda x, e=edit: x + e.strength * e.vector)
-            for one, (_, edit) in zip(EDITS, edits, strict=True)
-        ]
+        changes = [replace(one, change=partial(pushed, edit)) for one, (_, edit) in zip(EDITS, edits, strict=True)]
         moved = [preference(llama, pair, changes) - preference(llama, pair) for pair in PAIRS]
         assert null == pytest.approx(np.mean(moved), abs=2e-4)
     cosines = np.array(vectors) @ np.array(vectors).T - np.eye(6)
@@ -217,7 +223,10 @@ def test_questions_say_what_is_left_of_an_ability(llama: InterpretableModel, fou
 
 
 def test_held_out_pairs_are_the_report_split(llama: InterpretableModel, found: Evaluation) -> None:
-    others = [ContrastPair("no one", " is", " was", split="train"), ContrastPair("all", " of it", " of us", split="choose")]
+    others = [
+        ContrastPair("no one", " is", " was", split="train"),
+        ContrastPair("all", " of it", " of us", split="choose"),
+    ]
     split = PairSet([*others, *(replace(pair, split="report") for pair in PAIRS)], name="mine")
     again = evaluate(llama, STEERING, split, **QUICK)
     np.testing.assert_array_equal(again.base, found.base)

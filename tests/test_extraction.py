@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 import tiny
@@ -16,14 +18,18 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from mlxsteer import (
+    ContextLengthWarning,
     ContrastPair,
     InterpretableModel,
     PositionError,
+    SteeringVector,
     UnknownKey,
+    activations,
     after,
     datasets,
     extract,
     mean_activations,
+    separation,
     sweep,
 )
 from mlxsteer import interventions as iv
@@ -358,3 +364,128 @@ def test_what_is_read_is_what_a_loop_reads(pocket: InterpretableModel, read: str
         extract(pocket, pairs, read=40)
     with pytest.raises(ValueError, match="read is .last."):
         extract(pocket, pairs, read="middle")
+
+
+# -- where a completion begins, and where a context ends -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_a_completion_without_a_prompt_begins_behind_bos_and_nowhere_else(bos: bool) -> None:
+    wrapped = InterpretableModel(tiny.build("llama"), tokenizer(bos=bos))
+    pair, start = ContrastPair("", "yes", "nah"), int(bos)
+    sides = [streams(wrapped, ids(side, bos=bos))[:, start:] for side in ("yes", "nah")]
+    size = np.linalg.norm(sides[0], axis=-1).min()
+    for read, rows in (("first", [side[:, 0] for side in sides]), ("mean", [side.mean(axis=1) for side in sides])):
+        close(directions(extract(wrapped, [pair], read=read)), rows[0] - rows[1], size)
+
+
+def test_a_prompt_that_its_completion_melts_into_is_read_with_it_and_still_scored() -> None:
+    """A merge over the end of the prompt: the token holds the completion's beginning, and has none before it."""
+    vocabulary = {"<unk>": 0, "<s>": BOS, "a": 2, "b": 3, "c": 4, "ab": 5, "ac": 6}
+    made = Tokenizer(models.BPE(vocabulary, [("a", "b"), ("a", "c")], unk_token="<unk>"))
+    wrapped = InterpretableModel(tiny.build("llama"), PreTrainedTokenizerFast(tokenizer_object=made))
+    pair = ContrastPair("a", "bb", "cc")
+    h = [streams(wrapped, tokens) for tokens in ([5, 3], [6, 4])]
+    found = directions(extract(wrapped, [pair], read="mean"))
+    close(found, h[0].mean(axis=1) - h[1].mean(axis=1), np.linalg.norm(h[0], axis=-1).min())
+    assert encode_side(wrapped, pair, "positive") == ([5, 3], 1)  # a score needs a token before the one it scores
+
+
+def test_the_hash_of_the_data_knows_where_the_completions_begin(llama: InterpretableModel) -> None:
+    pairs = ContrastPair("ab", "cd", "ef"), ContrastPair("", "abcd", "abef")
+    found = [extract(llama, [pair], read="mean") for pair in pairs]
+    assert not mx.allclose(found[0][3], found[1][3], rtol=1e-3)
+    assert found[0].info["data"] != found[1].info["data"]
+
+
+LONG = "a" * 560
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_a_text_beyond_a_table_of_positions_is_refused_with_its_number_and_lengths(bits: int | None) -> None:
+    wrapped = InterpretableModel(tiny.build("gpt2", bits=bits), tokenizer())
+    vector, pairs = SteeringVector({1: mx.ones(64)}), [PAIRS[0], ContrastPair("", LONG, "b")]
+    said = r"561 tokens, and the model has 512 learned positions, behind which there is nothing to read"
+    attempts: dict[str, Any] = {
+        r"positive=, text 1: the prompt has ": lambda: extract(wrapped, positive=["a", LONG], negative=["b"]),
+        r"pair 1: the prompt has ": lambda: extract(wrapped, pairs),
+        r"pair 1, positive side: the prompt has ": lambda: separation(wrapped, vector, pairs),
+        r"texts=, text 0: the prompt has ": lambda: activations(wrapped, [LONG], "layers.1"),
+        r"prompt 1: the prompt has ": lambda: mean_activations(wrapped, ["a", LONG], "layers.1"),
+        r"^the prompt has ": lambda: wrapped.trace(LONG),
+    }
+    for place, attempt in attempts.items():
+        with pytest.raises(ValueError, match=place.replace("pair 1: ", "pair 1, positive side: ") + said):
+            attempt()
+    assert extract(wrapped, positive=["a" * 511], negative=["b" * 511]).layers == [0, 1, 2, 3]
+
+
+def test_a_table_is_of_positions_only_where_it_is_as_long_and_as_wide() -> None:
+    """Gemma's second embedding is of tokens; a model without a table warns and goes on."""
+    changes = {"max_position_embeddings": tiny.VOCABULARY, "hidden_size_per_layer_input": 8}
+    wrapped = InterpretableModel(tiny.build("gemma4_text", **changes), tokenizer())
+    with pytest.warns(ContextLengthWarning, match="made for 96"):
+        assert activations(wrapped, ["a" * 120], "layers.1")["layers.1"].shape == (1, 64)
+
+
+def test_texts_of_bos_alone_leave_no_norm_to_take(llama: InterpretableModel) -> None:
+    with pytest.raises(ValueError, match=r"every text is the token <s> alone"):
+        extract(llama, positive=[[BOS]], negative=["<s>", [BOS]])
+    assert extract(llama, positive=[[BOS]], negative=["ab"]).residual_norms[0] > 0
+
+
+# -- what is read and what is not ------------------------------------------------------------------------------------
+
+
+def test_a_site_is_of_the_layer_that_is_put_in(llama: InterpretableModel) -> None:
+    for site in ("layers.-{layer}", "layers.0{layer}", "layers.1#{layer}", "layers.{layer}.{layer}", "embed#{layer}"):
+        with pytest.raises(ValueError, match=r"site is .* a key with \{layer\} in it, between dots"):
+            extract(llama, PAIRS, site=site, layers=[0])
+    made = tiny.build("llama")
+    made.layers[0].parts = [nn.Linear(64, 64), nn.Linear(64, 64)]
+    with pytest.raises(ValueError, match=r"with layer 1 is a place of another layer, layers\.0\.parts\.1"):
+        extract(InterpretableModel(made, tokenizer()), PAIRS, site="layers.0.parts.{layer}", layers=[0, 1])
+    assert extract(llama, PAIRS, site="model.layers.{layer}", layers=[1]).at(1).keys() == {"model.layers.1"}
+
+
+def test_layers_may_be_an_array_of_them(llama: InterpretableModel) -> None:
+    for layers in (np.array(2), mx.array(2), np.array([2]), mx.array([2])):
+        assert extract(llama, PAIRS, layers=layers).layers == [2]  # type: ignore[arg-type]
+    for wrong in (np.array(2.0), mx.array([[1]]), mx.array([1.5])):
+        with pytest.raises(ValueError, match="layers are 'all', a layer, or a list"):
+            extract(llama, PAIRS, layers=wrong)  # type: ignore[arg-type]
+
+
+def test_pairs_without_a_split_beside_others_are_left_out_with_a_word(llama: InterpretableModel) -> None:
+    mixed = [replace(PAIRS[0], split="train"), PAIRS[1], PAIRS[2], replace(PAIRS[3], split="report")]
+    with pytest.warns(UserWarning, match=r"2 of 4 pairs name no split, and are left out beside those of 'train'"):
+        found = extract(llama, mixed)
+    assert found.info["pairs"] == 1
+
+
+def test_the_same_texts_on_both_sides_are_no_contrast(llama: InterpretableModel) -> None:
+    with pytest.raises(ValueError, match="the two sides are the same texts: there is no contrast"):
+        extract(llama, positive=["abc", "d"], negative=["d", "abc"])
+
+
+@pytest.mark.parametrize(
+    "labels", [np.array([[1, 0], [0, 1]]), {0: 1, 1: 0}, "10", mx.array([[1], [0]]), [1, 2]], ids=str
+)
+def test_labels_are_a_list_of_truths(llama: InterpretableModel, labels: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match=r"label"):
+        extract(llama, texts=["a", "b"], labels=labels)
+
+
+def test_a_mask_of_tokens_has_one_for_each(llama: InterpretableModel) -> None:
+    for wrong in (lambda t: [True], lambda t: True, lambda t: np.zeros((1, 3), int)):
+        with pytest.raises(ValueError, match="the callable gave .* for a text of 18 tokens; it gives"):
+            extract(llama, PAIRS[:1], read=wrong)
+    assert extract(llama, PAIRS, read=np.int64(-2)).info["read"] == -2  # type: ignore[arg-type]
+
+
+def test_half_a_character_is_refused_with_its_place(llama: InterpretableModel) -> None:
+    said = r"half a character \(a lone surrogate\), which no tokenizer reads"
+    with pytest.raises(ValueError, match=r"pair 1, negative side: .*" + said):
+        extract(llama, [PAIRS[0], ContrastPair("", "a", "\ud800")])
+    with pytest.raises(ValueError, match=r"positive=, text 1: .*" + said):
+        extract(llama, positive=["a", "b\ud800"], negative=["a"])

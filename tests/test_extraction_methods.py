@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -1149,3 +1150,101 @@ def test_an_estimate_takes_what_extract_takes(llama: InterpretableModel) -> None
         estimate(llama, **sides, method="pca_difference")
     with pytest.raises(ValueError, match="memory is a number of bytes"):
         estimate(llama, **sides, memory="1GB")  # type: ignore[arg-type]
+
+
+# -- numbers that are none -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def broken() -> InterpretableModel:
+    """A model whose layers give NaN from layer 2 on."""
+    made = tiny.build("llama")
+    projection = made.layers[2].mlp.down_proj
+    projection.weight = projection.weight * float("nan")
+    return InterpretableModel(made, tokenizer())
+
+
+@pytest.mark.parametrize(
+    "method", ["mean_difference", "pca_difference", "pca_centre", "probe", "lat", "whitened", "single"]
+)
+def test_activations_that_are_nan_are_refused_with_their_place(broken: InterpretableModel, method: str) -> None:
+    said = r"the activations at layers\.2 hold NaN or infinite values"
+    with pytest.raises(ValueError, match=said):
+        extract(broken, PAIRS[:1] if method == "single" else PAIRS, method=method)
+    assert extract(broken, PAIRS, layers=[0, 1]).layers == [0, 1]
+
+
+def test_activations_that_are_nan_tell_nothing_apart(broken: InterpretableModel) -> None:
+    with pytest.raises(ValueError, match=r"the activations at layers\.3 hold NaN"):
+        separation(broken, SteeringVector({1: mx.ones(64), 3: mx.ones(64)}), PAIRS)
+    with pytest.raises(ValueError, match=r"the activations at layers\.2 hold NaN"):
+        extract(broken, positive=["a"], background=["b"], method="mean_centred")
+
+
+@pytest.mark.parametrize(
+    ("give", "sentence"),
+    [
+        (lambda d: d * (1 + 2j), "complex128"),
+        (lambda d: [[1], [1, 2]], "list"),
+        (lambda d: None, "NoneType"),
+        (lambda d: "x", "str"),
+    ],
+    ids=["complex", "ragged", "nothing", "a text"],
+)
+def test_a_method_gives_real_numbers(llama: InterpretableModel, give: Callable[[Any], Any], sentence: str) -> None:
+    def odd(readings: Any) -> Any:
+        return give(readings.difference)
+
+    with pytest.raises((TypeError, ValueError), match=rf"odd gave .*{sentence}.*; directions are .*\(4, 64\)"):
+        extract(llama, PAIRS, method=odd)
+
+
+def test_a_method_may_give_an_array_of_mlx(llama: InterpretableModel) -> None:
+    made = extract(llama, PAIRS, method=lambda r: mx.array(r.difference, dtype=mx.bfloat16))
+    assert made.cosine(extract(llama, PAIRS))[2] > 0.999
+
+
+def test_places_of_several_widths_make_no_vector() -> None:
+    wrapped = InterpretableModel(tiny.build("gemma4_text", global_head_dim=32), tokenizer())
+    said = r"layers\.0\.self_attn\.q_proj has 64 features and layers\.1\.self_attn\.q_proj 128"
+    for attempt in (extract, estimate):
+        with pytest.raises(ValueError, match=said + ".*: extract layers of one width at a time"):
+            attempt(wrapped, PAIRS, site="layers.{layer}.self_attn.q_proj")
+    assert extract(wrapped, PAIRS, site="layers.{layer}.self_attn.q_proj", layers=[1, 3]).width == 128
+    vector = SteeringVector(dict.fromkeys(range(3), mx.ones(64)), "layers.{layer}.self_attn.q_proj")
+    with pytest.raises(ValueError, match=r"layers\.1\.self_attn\.q_proj of gemma4_text of width 128"):
+        vector.check(wrapped)
+
+
+def test_a_width_that_only_a_forward_knows_is_looked_at(llama: InterpretableModel) -> None:
+    with pytest.raises(ValueError, match=r"the vector is of width 8, and layers\.0\.self_attn of width 64"):
+        separation(llama, SteeringVector({0: mx.ones(8)}, "layers.{layer}.self_attn"), PAIRS)
+
+
+def test_the_area_under_the_curve_takes_no_matrix_of_all_pairs() -> None:
+    rng = np.random.default_rng(0)
+    a, b = rng.integers(0, 50, 30_000) + 3, rng.integers(0, 50, 20_000)
+    tracemalloc.start()
+    found = auroc(a, b)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8 << 20
+    assert found == pytest.approx(roc_auc_score([1] * len(a) + [0] * len(b), [*a, *b]), abs=1e-12)
+
+
+def test_norms_and_lengths_of_a_vector_by_position() -> None:
+    """Its length is its longest row's, and what is scaled keeps its rows' proportions: a row of zeros stays zero."""
+    rows = np.array([[0, 0, 0], [3, 4, 0], [0, 0, 10]])
+    v = SteeringVector({2: mx.array(rows)}, residual_norms={2: 8.0})
+    assert v.norms == {2: 10.0}
+    np.testing.assert_allclose(np.array(v.normalized()[2]), rows / 10, rtol=1e-6)
+    assert v.normalized().norms == {2: pytest.approx(1)}
+    (added,) = v.at(2, 0.5, unit="residual").values()
+    np.testing.assert_allclose(0.5 * np.array(added.vectors), rows / 10 * 4, rtol=1e-6)
+    w = SteeringVector({2: mx.array(rows[::-1].copy())})
+    assert v.cosine(w)[2] == pytest.approx((rows * rows[::-1]).sum() / (rows**2).sum())
+    left = np.array(v.orthogonal_to(w)[2], np.float64)
+    assert (left * rows[::-1]).sum() == pytest.approx(0, abs=1e-5)
+    half, same = to_mean_norm([v, 3 * v])
+    np.testing.assert_allclose(np.array(half[2]), 2 * rows, rtol=1e-6)
+    np.testing.assert_allclose(np.array(same[2]), 2 * rows, rtol=1e-6)

@@ -89,7 +89,7 @@ def test_a_vector_comes_back_bit_for_bit(suffix: str, data: st.DataObject, tmp_p
     else:
         layers = data.draw(st.lists(st.integers(1, 500), min_size=1, max_size=5, unique=True))
     rows = {layer: mx.array(data.draw(st.lists(floats, min_size=width, max_size=width))) for layer in layers}
-    norms = data.draw(st.dictionaries(st.sampled_from(layers), st.floats(0, 1e6), max_size=5))
+    norms = data.draw(st.dictionaries(st.sampled_from(layers), st.floats(0, 1e6, exclude_min=True), max_size=5))
     info = data.draw(st.dictionaries(st.text(), jsons, max_size=4))
     v = SteeringVector(rows, residual_norms=norms, info=info)
     path = v.save(tmp_path / f"vé.2{suffix}")
@@ -984,3 +984,18 @@ def test_the_hub_is_asked_with_its_own_signatures() -> None:
         assert names <= set(inspect.signature(function).parameters)
     assert hub.NAME == "vector.safetensors"
     assert SteeringVector({0: mx.ones(1)}).site == arrays.RESIDUAL
+
+
+def test_a_tensor_is_one_storage_rebuilt_once(tmp_path: Path) -> None:
+    """A pickle that has its numbers read, or its tensor rebuilt, again and again takes no more room than a tensor."""
+    plain, numbers = program((1 << 18,), (1,), count=1 << 18), bytes(1 << 20)
+    stored = plain.replace(b"tQ", b"tq\x05Q" + b"h\x05Q" * 40)
+    rebuilt = plain.replace(b"RtRq\x02.", b"Rtq\x06R" + b"h\x00h\x06R" * 40 + b".")
+    for attack in (stored, rebuilt):
+        assert attack != plain
+        path = rotalabs(tmp_path / "v", attack, numbers)
+        tracemalloc.start()
+        with pytest.raises(ValueError, match=r"v\.pt: it holds something else than a tensor"):
+            SteeringVector.load(path)
+        assert tracemalloc.get_traced_memory()[1] < 12 << 20
+        tracemalloc.stop()

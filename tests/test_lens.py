@@ -226,3 +226,32 @@ def test_the_bundled_sentiment_vector_speaks_for_words_of_its_side(pocket: Inter
     assert len(bad & {token for token, _ in told.suppressed}) >= 2
     assert not bad & {token for token, _ in told.boosted}
     assert not good & {token for token, _ in told.suppressed}
+
+
+def test_only_the_direction_counts_at_any_length(llama: InterpretableModel) -> None:
+    v = mx.array(STATES[0])
+    plain = llama.lens.tokens(v, 96)
+    for factor in (1e-30, 1e-3, 1e30):
+        for a, b in zip(plain.boosted, llama.lens.tokens(factor * v, 96).boosted, strict=True):
+            assert a[0] == b[0]
+            assert a[1] == pytest.approx(b[1], abs=1e-4)
+
+
+def test_a_long_direction_fits_into_half_precision() -> None:
+    wrapped = InterpretableModel(tiny.build("llama", mx.float16), tokenizer())
+    short, long = (wrapped.lens.tokens(factor * mx.array(STATES[0])) for factor in (1, 3e4))
+    assert short.boosted[0][0] == long.boosted[0][0]
+    assert np.isfinite([logit for _, logit in long.boosted + long.suppressed]).all()
+
+
+def test_logits_that_are_nan_are_refused() -> None:
+    made = tiny.build("llama")
+    made.model.norm.weight = made.model.norm.weight * float("nan")
+    with pytest.raises(ValueError, match="lens: 192 of the logits are NaN or infinite"):
+        InterpretableModel(made, tokenizer()).lens.tokens(STATES[0])
+
+
+@pytest.mark.parametrize("k", [2.5, None, "3", np.float64(2)], ids=repr)
+def test_a_number_of_tokens_is_whole(llama: InterpretableModel, k: Any) -> None:
+    with pytest.raises(ValueError, match="k is a number of tokens from 1 to 96, not "):
+        llama.lens.tokens(mx.ones(64), k)

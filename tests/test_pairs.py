@@ -526,3 +526,10 @@ def test_a_model_measures_lengths_by_its_tokenizer(pocket: InterpretableModel) -
     assert str(made.check(pocket)) == str(made.check(pocket.tokenizer))
     with pytest.raises(TypeError, match="without a tokenizer"):
         made.check(InterpretableModel(pocket.model))
+
+
+def test_pairs_are_hashed_with_a_conversation_too() -> None:
+    said = {"role": "user", "content": "Is?"}, {"role": "user", "content": "Was?"}
+    first, same, other = (ContrastPair("", "a", "b", messages=(m,)) for m in (said[0], dict(said[0]), said[1]))
+    assert hash(first) == hash(same)
+    assert len({first, same, other}) == 2

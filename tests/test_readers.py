@@ -506,3 +506,16 @@ def test_a_slip_in_a_files_name_is_told_and_a_vector_is_no_file_of_pairs(tmp_pat
     for wrong in (None, 3):
         with pytest.raises(TypeError, match="a path is a text or a Path, not "):
             read(wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["p.jsonl", "p.json"])
+def test_a_field_that_is_there_twice_is_refused(make: Make, name: str) -> None:
+    twice = '{"positive": "a", "negative": "b", "positive": "c"}'
+    with pytest.raises(ValueError, match=rf"{name}.*: the field 'positive' is there twice\.$"):
+        read(make(name, twice if name == "p.jsonl" else f"[{twice}]"))
+
+
+def test_a_cell_of_a_spreadsheet_may_be_long(make: Make) -> None:
+    before = csv.field_size_limit()
+    assert read(make("p.csv", f"positive,negative\n{'a' * 200_000},b\n"))[0].positive == "a" * 200_000
+    assert csv.field_size_limit() == before

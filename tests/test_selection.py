@@ -1,10 +1,9 @@
-"""Choosing layer and strength: on the bundled model once, watched, and on a tiny one against measurements of its own."""
+"""Choosing layer and strength: watched once on the bundled model, and measured anew on a tiny one."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +39,7 @@ class Watched:
     ran: dict[str, int] = field(default_factory=dict)
     total: int = 0
     steps: list[tuple[int, int]] = field(default_factory=list)
+    looked: list[ContrastPair] = field(default_factory=list)
 
 
 def watch(model: InterpretableModel, pairs: Any, **options: Any) -> Watched:
@@ -47,6 +47,7 @@ def watch(model: InterpretableModel, pairs: Any, **options: Any) -> Watched:
     used: list[tuple[str, set[str | None]]] = []
     ran: dict[str, int] = {}
     steps: list[tuple[int, int]] = []
+    looked: list[ContrastPair] = []
     with counted(model) as seen, pytest.MonkeyPatch.context() as patch:
 
         def spied(place: Any, name: str, pairs_at: int | None) -> None:
@@ -55,6 +56,8 @@ def watch(model: InterpretableModel, pairs: Any, **options: Any) -> Watched:
             def call(*args: Any, **kwargs: Any) -> Any:
                 if pairs_at is not None:
                     used.append((name, {pair.split for pair in args[pairs_at]}))
+                if name == "separation":
+                    looked.extend(args[2])
                 before = sum(seen)
                 made = original(*args, **kwargs)
                 ran[name] = ran.get(name, 0) + sum(seen) - before
@@ -69,13 +72,13 @@ def watch(model: InterpretableModel, pairs: Any, **options: Any) -> Watched:
         spied(divergence_room, "continued", None)
         options["progress"] = lambda done, total: steps.append((done, total))
         choice = select(model, pairs, **options)
-        return Watched(choice, used, ran, sum(seen), steps)
+        return Watched(choice, used, ran, sum(seen), steps, looked)
 
 
 @pytest.fixture(scope="module")
 def chosen(pocket: InterpretableModel) -> Watched:
     return watch(pocket, some_of("pocket/sentiment"), neutral=datasets.neutral(pocket)[:6],
-                 layers=[0, 3, 5, 6], **QUICK)  # fmt: skip
+                 layers=[1, 5, 6], **QUICK)  # fmt: skip
 
 
 # -- on the bundled model ----------------------------------------------------------------------------------------------
@@ -108,7 +111,8 @@ def test_a_layer_is_chosen_whose_effect_and_cost_a_measurement_confirms(
 
 def test_the_choice_steers_generation(pocket: InterpretableModel, chosen: Watched) -> None:
     plain, steered = (
-        pocket.generate(["The movie was"], steering, max_tokens=4)[0] for steering in (None, chosen.choice.interventions)
+        pocket.generate(["The movie was"], steering, max_tokens=4)[0]
+        for steering in (None, chosen.choice.interventions)
     )
     assert any(steered.touched)
     assert str(plain) != str(steered)
@@ -126,10 +130,11 @@ def test_every_split_has_its_own_use(chosen: Watched) -> None:
     assert chosen.steps == [(i, 5) for i in range(6)]
 
 
-def accounted(model: InterpretableModel, found: Watched, pairs: PairSet) -> None:
+def accounted(model: InterpretableModel, found: Watched) -> None:
     """What choosing cost is what ran but for the clean continuations; of the separation it says what it would be
     without a beginning that both sides share."""
-    said = room._token_count(model, room._part(pairs.split("choose")), False) * (1 + found.choice.vector.layers[-1])
+    each = [model.encode(pair.prompt + side) for pair in found.looked for side in (pair.positive, pair.negative)]
+    said = sum(map(len, each)) * (1 + found.choice.vector.layers[-1])
     separated = found.ran["separation"]
     assert 0.4 * said < separated <= said
     outside = sum(found.ran.get(name, 0) for name in ("extract", "separation", "_evidence", "continued"))
@@ -139,7 +144,7 @@ def accounted(model: InterpretableModel, found: Watched, pairs: PairSet) -> None
 
 
 def test_the_account_is_what_ran(pocket: InterpretableModel, chosen: Watched) -> None:
-    accounted(pocket, chosen, some_of("pocket/sentiment"))
+    accounted(pocket, chosen)
 
 
 def no_constant(name: str) -> Any:
@@ -157,7 +162,7 @@ def test_a_choice_is_shown_saved_and_drawn(chosen: Watched, tmp_path: Path) -> N
     data = json.loads(text, parse_constant=no_constant)
     assert data["strengths"] == {str(choice.layer): choice.strength}
     assert data["evidence"]["shift"]["value"] == choice.evidence.shift.value
-    assert len(data["candidates"]) == len(choice.candidates) >= 4
+    assert len(data["candidates"]) == len(choice.candidates) >= 3
     assert {"model", "seed", "data", "mlxsteer", "mlx"} <= set(data["record"])
     figure = choice.plot(tmp_path / "choice.png")
     assert (tmp_path / "choice.png").read_bytes()[:4] == b"\x89PNG"
@@ -182,8 +187,10 @@ def test_few_pairs_and_few_nulls_are_said_in_words(chosen: Watched) -> None:
 
 def test_labels_that_mean_nothing_give_no_evidence(pocket: InterpretableModel) -> None:
     few = some_of("pocket/sentiment")
-    pairs = shuffled_labels([*few.split("train"), *few.split("choose")[:2], *few.split("report")[:6]], seed=1)
-    choice = select(pocket, pairs, layers=[5], neutral=datasets.neutral(pocket)[:3], **{**QUICK, "tokens": 2})
+    pairs = shuffled_labels([*few.split("train")[:10], *few.split("choose")[:2], *few.split("report")[:4]], seed=1)
+    choice = select(
+        pocket, pairs, layers=[5], neutral=datasets.neutral(pocket)[:2], **{**QUICK, "tokens": 2, "nulls": 2}
+    )
     assert choice.layer == 5
     assert any("no evidence" in warning for warning in choice.warnings)
     assert any("hardly agree" in warning for warning in choice.warnings)
@@ -212,8 +219,8 @@ def vector(llama: InterpretableModel) -> SteeringVector:
 
 
 @pytest.fixture(scope="module")
-def every(llama: InterpretableModel, vector: SteeringVector) -> Iterator[Watched]:
-    yield watch(llama, PAIRS, vector=vector, screen=False, **TINY)
+def every(llama: InterpretableModel, vector: SteeringVector) -> Watched:
+    return watch(llama, PAIRS, vector=vector, screen=False, **TINY)
 
 
 def test_without_screening_every_layer_is_measured(
@@ -249,9 +256,9 @@ def test_without_screening_every_layer_is_measured(
 def test_the_account_of_a_tiny_choice_is_what_ran(
     llama: InterpretableModel, vector: SteeringVector, every: Watched
 ) -> None:
-    accounted(llama, every, PAIRS)
+    accounted(llama, every)
     for more in ({}, {"leave": {"other": PAIRS.split("train")[:2]}}):
-        accounted(llama, watch(llama, PAIRS, vector=vector, **TINY, **more), PAIRS)
+        accounted(llama, watch(llama, PAIRS, vector=vector, **TINY, **more))
 
 
 def test_several_layers_are_a_choice_too(every: Watched, tmp_path: Path) -> None:
@@ -263,6 +270,21 @@ def test_several_layers_are_a_choice_too(every: Watched, tmp_path: Path) -> None
     choice.plot(tmp_path / "several.svg")
     assert b"<svg" in (tmp_path / "several.svg").read_bytes()
     json.loads(choice.to_json(), parse_constant=no_constant)
+
+
+def test_without_screening_separation_decides_nothing(
+    llama: InterpretableModel, vector: SteeringVector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(room, "separation", lambda *_, **__: {1: 0.5, 2: 1.0})
+    choice = select(llama, PAIRS, vector=vector, layers=[1, 2], screen=False, combine=False, **TINY)
+    assert [one.stage for one in choice.candidates] == ["measured"] * 2
+
+
+def test_no_layer_is_steered_beyond_the_strongest(llama: InterpretableModel, vector: SteeringVector) -> None:
+    options: dict[str, Any] = {**TINY, "budget": {"kl_mean": 9.0}}
+    choice = select(llama, PAIRS, vector=vector, layers=[2, 3], screen=False, **options)
+    (together,) = (one for one in choice.candidates if len(one.strengths) == 2)
+    assert max(together.strengths.values()) == pytest.approx(room.STRONGEST)
 
 
 def test_two_layers_that_do_more_together_are_chosen(
@@ -325,7 +347,10 @@ def test_a_few_are_tried_and_the_best_measured(llama: InterpretableModel, vector
 
 def test_what_other_behaviours_are_moved_by_is_subtracted(llama: InterpretableModel, vector: SteeringVector) -> None:
     others = {
-        "questions": [ContrastPair("do you", " like it", " hate it"), ContrastPair("so", " yes", " no", split="report")],
+        "questions": [
+            ContrastPair("do you", " like it", " hate it"),
+            ContrastPair("so", " yes", " no", split="report"),
+        ],
         "rain": [ContrastPair("the rain", "!", ".")],
     }
     choice = select(llama, PAIRS, vector=vector, leave=others, layers=[1, 2], screen=False, combine=False, **TINY)
@@ -369,7 +394,9 @@ def test_pairs_without_splits_get_them(llama: InterpretableModel) -> None:
 
 
 def test_where_and_what_is_limited_can_be_said(llama: InterpretableModel, vector: SteeringVector) -> None:
-    choice = select(llama, PAIRS, vector=vector, layers=[1], at="last", **{**TINY, "budget": {"kl_p95": 0.1}, "nulls": 0})
+    choice = select(
+        llama, PAIRS, vector=vector, layers=[1], at="last", **{**TINY, "budget": {"kl_p95": 0.1}, "nulls": 0}
+    )
     steering = vector.at(choice.strengths, at="last", unit="residual")
     assert kl(llama, steering, NEUTRAL, tokens=3).p95 == pytest.approx(0.1, rel=0.051)
     assert "at='last'" in choice.summary()

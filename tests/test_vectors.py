@@ -450,3 +450,102 @@ def test_only_a_model_is_a_model(wrong: Any, tmp_path: Path) -> None:
         path = random().save(tmp_path / "v.safetensors")
         with pytest.raises(TypeError, match=sentence):
             SteeringVector.load(path, model=wrong)
+
+
+# -- norms, origin, site: refused when made, so that what is saved is loaded -------------------------------------------
+
+ONE = {0: mx.ones(3)}
+UNSOUND: dict[str, tuple[Callable[[], Any], str]] = {
+    "norms in a list": (lambda: SteeringVector(ONE, residual_norms=[1.0]), "residual norms are a dict from layers"),  # type: ignore[arg-type]
+    "an infinite norm": (lambda: SteeringVector(ONE, residual_norms={0: float("inf")}), "norm of layer 0 is a finite"),
+    "a norm that is a text": (lambda: SteeringVector(ONE, residual_norms={0: "x"}), "norm of layer 0 is a number"),  # type: ignore[dict-item]
+    "a norm of zero": (lambda: SteeringVector(ONE, residual_norms={0: 0.0}), "norm of layer 0 is above 0, not 0.0"),
+    "a negative norm": (lambda: SteeringVector(ONE, residual_norms={1: -5}), "norm of layer 1 is above 0, not -5"),
+    "a norm of no layer": (lambda: SteeringVector(ONE, residual_norms={"a": 1.0}), "a layer is a whole number.*'a'"),  # type: ignore[dict-item]
+    "no info": (lambda: SteeringVector(ONE, info=None), "info is a dict, not NoneType"),  # type: ignore[arg-type]
+    "an agreement of texts": (
+        lambda: SteeringVector(ONE, info={"agreement": {"a": "b"}}), "agreement .* from layers to numbers"),
+    "an agreement of nothing": (
+        lambda: SteeringVector(ONE, info={"reliability": None}), "reliability .* from layers to numbers, not None"),
+    "a list of agreements": (
+        lambda: SteeringVector(ONE, info={"reliability": [1]}), r"reliability .* from layers to numbers, not \[1\]"),
+    "a site of attributes": (
+        lambda: SteeringVector(ONE, "layers.{layer}{layer.__class__}"), "key with {layer} in it"),
+    "a site that is filled up": (lambda: SteeringVector(ONE, "{layer}{layer:>60000000000}"), "key with {layer} in it"),
+    "a brace": (lambda: SteeringVector(ONE, "layers.{layer}.{"), "key with {layer} in it"),
+    "two braces": (lambda: SteeringVector(ONE, "layers.{layer}{{}}"), "key with {layer} in it"),
+    "another name": (lambda: SteeringVector(ONE, "layers.{layer}.{foo}"), "key with {layer} in it"),
+    "a minus": (lambda: SteeringVector(ONE, "layers.-{layer}"), "key with {layer} in it"),
+    "no site": (lambda: SteeringVector(ONE, None), "key with {layer} in it.*not None"),  # type: ignore[arg-type]
+    "a number for a site": (lambda: SteeringVector(ONE, 5), "key with {layer} in it.*not 5"),  # type: ignore[arg-type]
+    "nothing for a direction": (lambda: SteeringVector({0: None}), "direction of layer 0 is .*not NoneType"),  # type: ignore[dict-item]
+    "objects": (lambda: SteeringVector({0: np.array([1, None])}), "direction of layer 0 is an array or list"),  # type: ignore[dict-item]
+    "texts": (lambda: SteeringVector({0: ["a"]}), "direction of layer 0 is an array or list of numbers"),  # type: ignore[dict-item]
+    "rows of two lengths": (lambda: SteeringVector({0: [[1.0], [1.0, 2.0]]}), "direction of layer 0 is an array"),  # type: ignore[dict-item]
+    "a vector": (lambda: SteeringVector({0: random()}), "direction of layer 0 is .*not SteeringVector"),  # type: ignore[dict-item]
+    "dates": (lambda: SteeringVector({0: np.array(["2020"], "datetime64[D]")}), "direction of layer 0 is an array"),  # type: ignore[dict-item]
+    "complex": (lambda: SteeringVector({0: np.ones(3) * 1j}), "direction of layer 0 is"),  # type: ignore[dict-item]
+    "an empty path": (lambda: SteeringVector.load(""), "a path is a text or a Path, and this one is empty"),
+    "an empty path to save": (lambda: random().save(""), "a path is a text or a Path, and this one is empty"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("make", "sentence"), UNSOUND.values(), ids=UNSOUND)
+def test_what_is_no_norm_no_origin_and_no_site_is_refused(make: Callable[[], Any], sentence: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=sentence):
+        make()
+
+
+@pytest.mark.parametrize("dtype", [">f4", ">f8", "<f2", "i4", ">i2", "u1", "?", "longdouble"])
+def test_a_direction_may_be_of_any_number_in_any_byte_order(dtype: str) -> None:
+    assert SteeringVector({0: np.array([1, 0, 1], dtype)})[0].tolist() == [1, 0, 1]  # type: ignore[dict-item]
+
+
+def test_numbers_of_numpy_are_norms_and_come_back(tmp_path: Path) -> None:
+    v = SteeringVector({2: mx.ones(3)}, residual_norms={np.int64(2): np.float32(1.5)})  # type: ignore[dict-item]
+    assert v.residual_norms == {2: 1.5}
+    assert SteeringVector.load(v.save(tmp_path / "v.safetensors")).residual_norms == {2: 1.5}
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".gguf", ".npz"])
+def test_what_could_not_be_loaded_is_not_saved(suffix: str, tmp_path: Path) -> None:
+    v = SteeringVector({1: mx.ones(3)})
+    v[1][1] = float("nan")
+    with pytest.raises(ValueError, match="the direction of layer 1 holds 1 NaN"):
+        v.save(tmp_path / f"v{suffix}")
+    if suffix != ".npz":
+        for told, said in (({"a": {1}}, r"info\['a'\] is set"), ({"b": np.float32(1)}, r"info\['b'\] is float32")):
+            with pytest.raises(TypeError, match=rf"{said}, and a file holds what JSON holds"):
+                SteeringVector({1: mx.ones(3)}, info={"model": "m", **told}).save(tmp_path / f"v{suffix}")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("change", [{"residual_norms": {"1": -5}}, {"info": {"agreement": {"a": "b"}}},
+                                    {"info": {"reliability": None}}, {"site": "{layer}{layer:>60000000000}"},
+                                    {"residual_norms": {"0": float("nan")}}], ids=str)  # fmt: skip
+def test_a_file_that_says_nonsense_is_damaged(change: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "broken.safetensors"
+    data = {"version": 1, "site": "layers.{layer}", "residual_norms": {}, "info": {}} | change
+    mx.save_safetensors(str(path), {"layers.0": mx.ones(3)}, {room.FORMAT: json.dumps(data)})
+    with pytest.raises(ValueError, match=r"broken\.safetensors: the vector in it is damaged \("):
+        SteeringVector.load(path)
+
+
+def test_the_origin_of_a_result_is_its_own() -> None:
+    v = random(info={"model": "m", "agreement": {"0": 0.5}}, residual_norms={0: 1.0})
+    w = v * 2
+    w.info["model"] = "n"  # type: ignore[index]
+    w.residual_norms[3] = 1.0  # type: ignore[index]
+    assert (v.info["model"], v.residual_norms) == ("m", {0: 1.0})
+
+
+def test_the_key_of_a_layer() -> None:
+    assert random().key(5) == "layers.5"
+    assert random(site="model.layers.{layer}.mlp#0").key(11) == "model.layers.11.mlp#0"
+
+
+def test_lengths_do_not_depend_on_the_scale_that_squares_have_room_for() -> None:
+    v = random(width=64)
+    for factor in (1e-30, 1e30):
+        np.testing.assert_allclose(numpy((v * factor).normalized()), numpy(v.normalized()), rtol=1e-5)
+        assert (v * factor).cosine(v)[3] == pytest.approx(1, abs=1e-6)

@@ -220,7 +220,7 @@ def _rows(source: Path, text: str, format: str | None) -> tuple[str, str | None,
     if format == "jsonl" or (format not in ("json", "rotalabs") and (lined or _is_lines(text))):
         rows = list(_json_lines(source, text))
         return format or _guess(rows), None, rows
-    data = _json(text, f"{source} is no complete JSON")
+    data = _json(text, str(source))
     title = None
     if isinstance(data, dict) and (format == "rotalabs" or (format is None and {"behavior", "pairs"} & data.keys())):
         format = "rotalabs"
@@ -252,9 +252,24 @@ def _is_lines(text: str) -> bool:
         return False
 
 
-def _json(text: str, wrong: str) -> Any:
+class _Twice(ValueError):
+    """An object has a field twice."""
+
+
+def _once(fields: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(fields)
+    if len(found) < len(fields):
+        names = [name for name, _ in fields]
+        raise _Twice(f"the field {next(name for name in names if names.count(name) > 1)!r} is there twice.")
+    return found
+
+
+def _json(text: str, where: str) -> Any:
+    wrong = f"{where} is no complete JSON"
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_once)
+    except _Twice as error:
+        raise ValueError(f"{where}: {error}") from error
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, " if "\n" in text.strip() else ""
         lines = "; one object a line is the format 'jsonl'" if error.msg == "Extra data" else ""
@@ -266,7 +281,7 @@ def _json(text: str, wrong: str) -> Any:
 def _json_lines(source: Path, text: str) -> Iterator[_Row]:
     for number, line in enumerate(text.split("\n"), 1):  # splitlines would cut at U+2028, which JSON texts may hold
         if line.strip():
-            yield f"line {number}", _json(line, f"{source}, line {number} is no complete JSON")
+            yield f"line {number}", _json(line, f"{source}, line {number}")
 
 
 def _delimiter(header: str) -> str:
@@ -283,6 +298,7 @@ def _csv_rows(source: Path, text: str) -> Iterator[_Row]:
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     columns: list[str] = []
     start = 1
+    limit = csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # of the process
     try:
         for cells in reader:
             if any(cell.strip() for cell in cells):
@@ -301,6 +317,8 @@ def _csv_rows(source: Path, text: str) -> Iterator[_Row]:
             start = reader.line_num + 1
     except csv.Error as error:
         raise ValueError(f"{source}, line {start} is no complete CSV: {error}.") from error
+    finally:
+        csv.field_size_limit(limit)
 
 
 def _header(where: str, columns: list[str]) -> None:

@@ -40,9 +40,7 @@ def write_npz(vector: SteeringVector, path: str | Path) -> Path:
             f"{path}: an .npz file holds vectors of sites such as {RESIDUAL!r} or 'layers.{{layer}}.mlp', and this one "
             f"belongs to {vector.site!r}: save it as .safetensors."
         )
-    arrays: dict[str, Any] = {
-        vector.site.format(layer=layer): np.array(direction) for layer, direction in vector.directions.items()
-    }
+    arrays: dict[str, Any] = {vector.key(layer): np.array(direction) for layer, direction in vector.directions.items()}
     return write_whole(path, lambda temporary: np.savez(temporary, **arrays))
 
 

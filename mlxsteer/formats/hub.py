@@ -6,6 +6,7 @@ import json
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,7 @@ def push(
         FileNotFoundError: there is no such user or organization, or you may not write there.
         ConnectionError: the Hub can't be reached, or refuses.
     """
+    vector = replace(vector)  # what load would refuse is refused here
     with tempfile.TemporaryDirectory() as folder:
         own.write(vector, Path(folder) / NAME)
         (Path(folder) / "README.md").write_text(card(vector, repository), "utf-8")

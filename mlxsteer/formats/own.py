@@ -11,7 +11,6 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlxsteer.interventions.base import number
 from mlxsteer.interventions.files import read_tensors, write_whole
 from mlxsteer.vectors import FORMAT, VERSION, SteeringVector
 
@@ -26,6 +25,14 @@ def to_json(vector: SteeringVector) -> str:
     Raises:
         TypeError: its info holds what JSON can't.
     """
+    for name, value in vector.info.items():
+        try:
+            json.dumps({name: value})
+        except (TypeError, ValueError, RecursionError) as error:  # another type, a circle, a depth
+            raise TypeError(
+                f"info[{name!r}] is {type(value).__name__}, and a file holds what JSON holds: texts, numbers, truths, "
+                f"lists and dicts of them ({error})."
+            ) from error
     return json.dumps(
         {
             "version": VERSION,
@@ -43,13 +50,10 @@ def build(directions: Mapping[int, Any], data: Any) -> SteeringVector:
         ValueError: either is damaged.
     """
     try:
-        norms = {int(layer): number(norm, "a residual norm") for layer, norm in data["residual_norms"].items()}
-        site, info = data["site"], data["info"]
-        if not isinstance(info, dict):
-            raise TypeError(f"its info is {type(info).__name__}, not a dict")
-        return SteeringVector(directions, site, norms, info)
+        norms = {int(layer): norm for layer, norm in data["residual_norms"].items()}
+        return SteeringVector(directions, data["site"], norms, data["info"])
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
-        raise ValueError(f"the vector in it is damaged ({error}).") from error
+        raise ValueError(f"the vector in it is damaged ({str(error).rstrip('.')}).") from error
 
 
 def write(vector: SteeringVector, path: str | Path) -> Path:

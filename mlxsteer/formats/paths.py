@@ -6,6 +6,7 @@ import difflib
 import os
 import re
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from mlxsteer.formats import arrays, gguf, hub, own, rotalabs
@@ -37,10 +38,12 @@ def save(vector: SteeringVector, path: str | Path) -> Path:
 
     Raises:
         TypeError: the path is no path.
-        ValueError: nothing is written under this suffix, it is a folder, or the format can't hold the vector.
+        ValueError: nothing is written under this suffix, it is a folder or empty, the format can't hold the vector, or
+            a direction holds NaN by now.
         FileNotFoundError: there is no such folder.
     """
     target = _path(path)
+    vector = replace(vector)  # its arrays may have been written to: what load would refuse is refused here
     if target.is_dir() or str(path).endswith("/"):
         raise ValueError(f"{target} is a folder: name a file in it, such as {target / hub.NAME}.")
     return WRITERS[_suffix(target, WRITERS, "saved as")](vector, target)
@@ -84,6 +87,8 @@ def load(source: str | Path, *, revision: str | None = None, filename: str | Non
 def _path(path: object) -> Path:
     if not isinstance(path, (str, os.PathLike)):
         raise TypeError(f"a path is a text or a Path, not {path!r}.")
+    if path == "":
+        raise ValueError("a path is a text or a Path, and this one is empty.")
     return Path(path)
 
 

@@ -77,6 +77,7 @@ class _Program:
     def __init__(self, contents: dict[str, bytes], root: str) -> None:
         self.contents, self.root = contents, root
         self.stack: list[Any] = []
+        self.made: set[str] = set()
         self.memo: dict[int, Any] = {}
 
     def run(self) -> np.ndarray:
@@ -137,8 +138,15 @@ class _Program:
             raise ValueError(f"it names {'.'.join(text.split(' '))[:80]!r}, which no tensor takes: it is not opened.")
         return _Name(text)
 
+    def once(self, what: str) -> None:
+        """A tensor is one storage, rebuilt once; a pickle that does either again would take any time and memory."""
+        if what in self.made:
+            raise ValueError(f"it holds something else than a tensor: its pickle makes a second {what}.")
+        self.made.add(what)
+
     def call(self, name: str, arguments: Any) -> Any:
         if name == _TENSOR:
+            self.once("tensor")
             return _tensor(*arguments[:4])
         if name == _PARAMETER:
             return arguments[0]
@@ -147,6 +155,7 @@ class _Program:
         raise TypeError(name)
 
     def storage(self, kind: Any, dtype: Any, key: Any, _location: Any, count: Any) -> np.ndarray:
+        self.once("storage")
         data = self.contents[f"{self.root}data/{key}"] if isinstance(key, str) else b""
         values = np.frombuffer(data, _DTYPES[dtype.text])
         if not isinstance(kind, str) or kind != "storage" or _whole(count) != len(values):
