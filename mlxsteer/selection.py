@@ -405,7 +405,10 @@ class _Bench:
     def effect(self, strengths: Mapping[int, float]) -> float:
         """Mean shift of the pairs, less what the behaviours to be left alone are moved by."""
         edits = self.edits(strengths, 1.0)
-        moved = float(np.concatenate([one.under(edits) - one.base for one in self.preferences]).mean())
+        return self._net(edits, self.preferences)
+
+    def _net(self, edits: Sequence[tuple[Site, Intervention]], on: Sequence[Preferences]) -> float:
+        moved = float(np.concatenate([one.under(edits) - one.base for one in on]).mean())
         return moved - sum(abs(float((one.under(edits) - one.base).mean())) for one in self.others)
 
     def measured(self, relative: Mapping[int, float], first: float | None) -> Candidate:
@@ -440,7 +443,7 @@ class _Bench:
         some, few = self.references[0], self.preferences[0]
         spent = [measured(Divergence.of(row), self.measure) for row in some.dose(make, TRIED)]
         factor = _crossing(TRIED, spent, self.limit)
-        return factor, float((few.under(self.edits(relative, factor)) - few.base).mean())
+        return factor, self._net(self.edits(relative, factor), [few])
 
 
 def _crossing(strengths: Sequence[float], spent: Sequence[float], limit: float) -> float:

@@ -143,6 +143,8 @@ def target_of(kl: float | None, budget: Mapping[str, float] | None) -> tuple[str
         TypeError: it is no number.
         ValueError: none, several, an unknown one, or one that can't be.
     """
+    if budget is not None and not isinstance(budget, Mapping):
+        raise TypeError(f"a budget names what it limits, such as {{'kl_mean': 0.5}}, and {budget!r} doesn't.")
     given = {**({} if kl is None else {"kl_mean": kl}), **(budget or {})}
     unknown = [name for name in given if name not in BUDGETS]
     if len(given) != 1 or unknown or (kl is not None and budget):
