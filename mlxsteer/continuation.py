@@ -137,7 +137,7 @@ class Continuation:
             if self.inside and site.layer is None:
                 raise ValueError(f"{site.key} lies before the blocks or behind them, and this pass is not plain=True.")
             for part in intervention.parts() if self.start else ():
-                if self._tokens(1, None, 0, self.start).touched(part.at) is not False:
+                if self._tokens(1, None, 0, self.start).touched(part.at, None, part.schedule) is not False:
                     raise ValueError(
                         f"{site.key}: at={part.at.written()!r} touches tokens before those that this pass says are "
                         "edited; say all of them with at=."
@@ -205,6 +205,30 @@ def first_edited(model: InterpretableModel, text: Text, needed: range, position:
     for one in [position] if isinstance(position, Position) else position:
         first = min([first, *map(int, np.flatnonzero(tokens.marks(0, one))[:1])])
     return first
+
+
+def shares(model: InterpretableModel, *, plain: bool = False) -> bool:
+    """Whether tokens before the first edited one run once for all variants, from a copy of their keys and values."""
+    family = model._sites.family
+    steered = plain or surrounding(model.model) or residents(model.model)
+    return not steered and family.replay and family.batch and forkable(make_prompt_cache(model.model))
+
+
+def check_touched(
+    model: InterpretableModel, texts: Sequence[tuple[Text, range]], positions: Sequence[Position], at: Any
+) -> None:
+    """Refuse positions that lie in none of the texts, as far as they run.
+
+    Raises:
+        ValueError: nothing would be steered.
+    """
+    decode = model.tokenizer.decode if model.tokenizer is not None else None
+    for text, needed in texts:
+        tokens = Tokens([0], [needed.stop], needed.stop, [Prompt(text.prompt, text.tokens[: text.prompt], decode)])
+        if any(tokens.marks(0, position).any() for position in positions):
+            return
+    longest = max(needed.stop for _, needed in texts)
+    raise ValueError(f"at={at!r} lies in none of these {len(texts)} texts, of at most {longest} tokens.")
 
 
 def tiled(output: Any, copies: int) -> Any:

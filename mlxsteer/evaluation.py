@@ -13,6 +13,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from mlxsteer import datasets
@@ -32,11 +33,15 @@ from mlxsteer.measures.effect import Steerability, steerability
 from mlxsteer.measures.nulls import null_p_value
 from mlxsteer.measures.preference import Preferences
 from mlxsteer.measures.text import TextStatistics, text_statistics
-from mlxsteer.measures.uncertainty import Interval, bootstrap, paired_difference
+from mlxsteer.measures.uncertainty import Interval, bootstrap, generator, paired_difference
 from mlxsteer.model import InterpretableModel
 from mlxsteer.pairs import ContrastPair, PairSet, checked, counted
 from mlxsteer.progress import Step, reporting
+from mlxsteer.questions import check_count
 from mlxsteer.reading import as_chat
+
+_NULLS = 20_242
+"""Key of the nulls' draws, so that they are no one else's."""
 
 MULTIPLES = (-1.0, -0.5, 0.0, 0.5, 1.0)
 """Of the given strengths, for the dose–response."""
@@ -52,7 +57,8 @@ class Evaluation:
         steered: the steered preference of each pair, (pairs,).
         curve: dose–response over multiples of the strengths.
         divergence: KL(base ‖ steered) on the unsteered model's continuations of neutral prompts.
-        perplexity_ratio: perplexity of steered text under the unsteered model, over that of its own text.
+        perplexity_ratio: perplexity of steered text under the unsteered model, over that of its own text; NaN where
+            one of them is empty.
         own_text, steered_text: statistics of both.
         samples: (prompt, unsteered text, steered text) of some neutral prompts.
         nulls: mean shifts by random vectors in place of the added ones; empty where something else is done than adding.
@@ -81,6 +87,24 @@ class Evaluation:
     retention: float | None
     accuracy: tuple[float, float] | None
     record: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def warnings(self) -> list[str]:
+        """What speaks against relying on it, in words; empty where nothing does."""
+        said = []
+        if not self.shift.excludes(0.0) or self.shift.value <= 0:
+            said.append(f"no evidence that this steers: the shift is {self.shift} nats.")
+        if len(self.nulls) >= 19 and self.p_value >= 0.05:
+            said.append(f"random vectors of its length do as much (p = {self.p_value:.2f}).")
+        elif 0 < len(self.nulls) < 19:
+            said.append(f"{counted(len(self.nulls), 'random vector')} can't show p < 0.05: take 20.")
+        if len(self.base) < 16:
+            said.append(f"the interval comes from {counted(len(self.base), 'pair')}, and is not to be relied on.")
+        if self.curve.anti_steerable > 0.25:
+            said.append(f"{self.curve.anti_steerable:.0%} of the pairs are moved the wrong way.")
+        if self.record.get("split") not in (None, "report"):
+            said.append(f"the pairs are of the split {self.record['split']}: layer or vector may come from them.")
+        return said
 
     def __repr__(self) -> str:
         return f"Evaluation(shift {self.shift} nats, {self.divergence}, perplexity × {self.perplexity_ratio:.2f})"
@@ -119,7 +143,13 @@ class Evaluation:
         ]  # fmt: skip
         if self.accuracy is not None:
             said = f"accuracy on two options {self.accuracy[1]:.0%}, unsteered {self.accuracy[0]:.0%}"
-            rows.append(("retention", "" if self.retention is None else f"{self.retention:.2f}", said))
+            rows.append(
+                (
+                    f"retention, {self.record['questions']} questions",
+                    "" if self.retention is None else f"{self.retention:.2f}",
+                    said,
+                )
+            )
         return rows
 
     def table(self) -> str:
@@ -127,14 +157,17 @@ class Evaluation:
         console = Console(width=110, no_color=True, force_terminal=False)
         with console.capture() as capture:
             console.print(self)
+            for warning in self.warnings:
+                console.print(f"Warning: {warning}", markup=False, highlight=False)
         return capture.get().rstrip()
 
     def __rich__(self) -> Table:
-        table = Table(title=f"{self.record.get('model', 'steering')}: {self.record.get('interventions', '')}")
+        title = f"{self.record.get('model', 'steering')}: {self.record.get('interventions', '')}"
+        table = Table(title=escape(title))
         for head in ("measure", "value", ""):
             table.add_column(head)
         for row in self.rows():
-            table.add_row(*row)
+            table.add_row(*map(escape, row))
         return table
 
     def to_json(self, path: str | Path | None = None) -> str:
@@ -149,7 +182,7 @@ class Evaluation:
             "p_value": self.p_value if self.nulls else None,
             "instruction": asdict(self.instruction) if self.instruction else None,
             "over_instruction": asdict(self.over_instruction) if self.over_instruction else None,
-            "retention": self.retention, "accuracy": self.accuracy, "record": self.record,
+            "retention": self.retention, "accuracy": self.accuracy, "warnings": self.warnings, "record": self.record,
         }  # fmt: skip
         text = json.dumps(_finite(data), indent=1)
         if path is not None:
@@ -212,7 +245,7 @@ def evaluate(
     Args:
         model: the model.
         interventions: a key dict, such as ``vector.at(5, 2.0)`` or ``choice.interventions``.
-        pairs: contrast pairs that nothing was chosen on; of a set with splits the ``"report"`` ones are used.
+        pairs: contrast pairs that nothing was chosen on; of a set with a ``"report"`` split those are used, else all.
         neutral: prompts to measure side effects on; `datasets.neutral` for the model unless given.
         questions: two-option pairs whose positive side is the right answer, for what the steering costs in capability.
         instruction: a sentence that asks for the behaviour, to hold the steering against: put before each prompt, or
@@ -234,8 +267,15 @@ def evaluate(
         UnknownKey: a key names no place.
     """
     edits = edits_of(model, interventions)
+    check_count(nulls, "nulls", 0)
+    check_count(max_tokens, "max_tokens", 1)
+    if instruction is not None and not (isinstance(instruction, str) and instruction.strip()):
+        raise ValueError(f"an instruction is a sentence, not {instruction!r}.")
+    asked_about = None if questions is None else list(questions)
+    if asked_about is not None and not asked_about:
+        raise ValueError("there are no questions: give at least one two-option pair, or leave questions= out.")
     given = PairSet(checked(pairs), name=getattr(pairs, "name", ""))
-    held_out = given.split("report") if given.splits else given
+    held_out = given.split("report") if "report" in given.splits else given
     if len(held_out) < 2:
         raise ValueError("an interval needs 2 pairs or more, and there is 1 to report on.")
     prompts = listed(datasets.neutral(model) if neutral is None else neutral)
@@ -256,12 +296,14 @@ def evaluate(
         divergence = Divergence.of(reference.per_token(edits))
         step(3, 5)
         own, text = _texts(model, interventions, prompts, max_tokens, chat, seed)
-        ratio = perplexity(model, text, batch_tokens) / perplexity(model, own, batch_tokens)
+        # A steering that ends every text at once leaves nothing to judge, and everything else still holds.
+        said = any(one.tokens for one in text) and any(one.tokens for one in own)
+        ratio = perplexity(model, text, batch_tokens) / perplexity(model, own, batch_tokens) if said else float("nan")
         step(4, 5)
         told = _instructed(model, held_out, instruction, chat, batch_tokens) if instruction else None
         accuracy = None
-        if questions is not None:
-            asked = Preferences(model, questions, batch_tokens=batch_tokens, **options)
+        if asked_about is not None:
+            asked = Preferences(model, asked_about, batch_tokens=batch_tokens, **options)
             accuracy = float((asked.base > 0).mean()), float((asked.under(edits) > 0).mean())
         step(5, 5)
     shift = bootstrap(steered - preferences.base, seed=seed)
@@ -284,7 +326,11 @@ def evaluate(
         record={
             **model.identity,
             "interventions": ", ".join(f"{site.key}: {edit!r}" for site, edit in edits),
+            "fingerprints": {site.key: edit.fingerprint for site, edit in edits},
+            "lengths": {site.key: _length(edit) for site, edit in edits if isinstance(edit, AddVector)},
+            "questions": None if asked_about is None else len(asked_about),
             "pairs": len(held_out),
+            "split": "report" if "report" in given.splits else ", ".join(given.splits) or None,
             "data": given.fingerprint,
             "neutral_prompts": len(prompts),
             "neutral": hashlib.sha256(repr(prompts).encode()).hexdigest()[:16],
@@ -297,6 +343,12 @@ def evaluate(
             "mlx_lm": version("mlx-lm"),
         },
     )
+
+
+def _length(edit: AddVector) -> float:
+    """‖s·v‖, or the largest of several rows'."""
+    length: Any = mx.max(mx.linalg.norm(edit.vector.astype(mx.float32), axis=-1)).item()
+    return float(length) * float(np.abs(np.array(edit.strength)).max())
 
 
 def _said(model: InterpretableModel, prompt: Any) -> str:
@@ -326,7 +378,7 @@ def _nulls(
         return []
     found = []
     for draw in range(draws):
-        rng = np.random.default_rng([seed, draw])
+        rng = generator(seed, _NULLS, draw)
         drawn = []
         for site, edit in edits:
             assert isinstance(edit, AddVector)

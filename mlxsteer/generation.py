@@ -237,11 +237,10 @@ def _touched(
     for site, part in ((site, p) for s in steerings if s.strength for site, i in s.edits for p in i.parts()):
         if isinstance(part.strength, float) and not part.strength:
             continue
-        marks = row.marks(0, part.at)
+        marks = row.marks(0, part.at, part.schedule)
         if not marks.any():
-            message = (
-                f"{part.name} at {site.key} touched no token: at={part.at.written()!r} lies nowhere in {width} tokens."
-            )
+            when = f"at={part.at.written()!r}" + (f" with schedule={part.schedule}" if part.schedule else "")
+            message = f"{part.name} at {site.key} touched no token: {when} lies nowhere in {width} tokens."
             warnings.warn(message, NothingTouched, stacklevel=outside())
         touched |= marks
     return touched.tolist()

@@ -100,13 +100,17 @@ def plot_choice(choice: Choice, path: str | Path | None = None) -> Any:
             label = "layers " + " + ".join(map(str, candidate.strengths))
             layers.axhline(candidate.effect, color=_BLUE, linestyle=":", label=label)
     for layer in choice.strengths:
-        layers.axvline(layer, color=_ORANGE, alpha=0.25, linewidth=10)
+        layers.axvline(layer, color=_ORANGE, alpha=0.25, linewidth=10, label=f"chosen: layer {layer}")
     layers.set(xlabel="layer", ylabel="shift of the preference (nats)")
     layers.set_title(f"choosing split, at {choice.budget[0]} ≤ {choice.budget[1]:g}")
     layers.xaxis.get_major_locator().set_params(integer=True)
+    layers.set_ylim(min(0, layers.get_ylim()[0]), max(0, layers.get_ylim()[1]))
     layers.legend(fontsize="small")
     _plot_curve(dose, choice.evidence.curve, choice.evidence.nulls)
     dose.set_title(f"{choice.evidence.pairs} held-out pairs: {choice.evidence.shift} nats", fontsize="medium")
+    if choice.warnings:
+        figure.supxlabel("\n".join(f"Warning: {warning}" for warning in choice.warnings), fontsize="small", x=0.01,
+                         ha="left", color="#9b2c2c")  # fmt: skip
     return _saved(figure, path)
 
 
@@ -132,7 +136,8 @@ def plot_evaluation(found: Evaluation, path: str | Path | None = None) -> Any:
     pairs.set(xlabel="pair", ylabel="log P(positive) − log P(negative)")
     pairs.set_title("pair by pair", fontsize="medium")
     pairs.legend(fontsize="small")
-    names = ["distinct 1", "distinct 2", "entropy", "length", "repeat"]
+    pairs.xaxis.get_major_locator().set_params(integer=True)
+    names = ["distinct 1", "distinct 2", "entropy", "length", "longest repeat"]
     own, steered = ([s.distinct_1, s.distinct_2, s.entropy, s.length, s.longest_repeat]
                     for s in (found.own_text, found.steered_text))  # fmt: skip
     ratios = [b / a if a else np.nan for a, b in zip(own, steered, strict=True)]

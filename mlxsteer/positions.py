@@ -40,6 +40,9 @@ class after:  # noqa: N801 - reads as a word: at=after("[/INST]")
     text: str | tuple[int, ...]
 
 
+Factor: TypeAlias = Callable[[int], float]
+"""A schedule: from the number of generated tokens that the model has read when it sees a token to a factor."""
+
 At: TypeAlias = "str | int | slice | Sequence[int] | after | Callable[[list[int]], Iterable[int]]"
 """Everything that may be written as `at=`."""
 
@@ -90,11 +93,11 @@ class Prompt:
             raise PositionError(f"at={what} needs the prompt's token ids, and only its length is known.")
         return self.tokens
 
-    def needed(self, what: str) -> int:
+    def needed(self, what: str, keyword: str = "at=") -> int:
         """The prompt's length, for positions that mean nothing without it."""
         if self.length is None:
             raise PositionError(
-                f"at={what} needs the prompt, and other code's generation doesn't say where it ends: pass it as "
+                f"{keyword}{what} needs the prompt, and other code's generation doesn't say where it ends: pass it as "
                 "model.steer(..., prompt_tokens=...), or use model.generate."
             )
         return self.length
@@ -321,6 +324,7 @@ class Tokens:
     def __init__(self, starts: Sequence[int], lengths: Sequence[int], width: int, prompts: Sequence[Prompt]) -> None:
         self.starts, self.lengths, self.width, self.prompts = list(starts), list(lengths), width, list(prompts)
         self._masks: dict[Any, bool | mx.array] = {}
+        self._factors: dict[Any, np.ndarray | None] = {}
         self._placed: mx.array | None = None
 
     def __len__(self) -> int:
@@ -332,31 +336,34 @@ class Tokens:
             self._placed = mx.array(np.add.outer(self.starts, np.arange(self.width)).astype(np.int32))
         return self._placed
 
-    def touched(self, position: Position, rows: tuple[bool, ...] | None = None) -> bool | mx.array:
+    def touched(
+        self, position: Position, rows: tuple[bool, ...] | None = None, schedule: Factor | None = None
+    ) -> bool | mx.array:
         """Where `position` touches this forward.
 
         Args:
             position: which tokens.
             rows: which rows may be touched at all; None for every one.
+            schedule: tokens at which this is 0 are not touched.
 
         Returns:
             False for nowhere, True for every token of every row, or a mask (rows, width).
         """
-        key = (position, rows)
+        key = (position, rows, schedule)
         found = self._masks.get(key)
         if found is None:
-            found = self._masks[key] = self._touched(position, rows)
+            found = self._masks[key] = self._touched(position, rows, schedule)
         return found
 
-    def _touched(self, position: Position, rows: tuple[bool, ...] | None) -> bool | mx.array:
+    def _touched(self, position: Position, rows: tuple[bool, ...] | None, schedule: Factor | None) -> bool | mx.array:
         marks = [
-            self.marks(row, position) if rows is None or rows[row] else np.zeros(self.width, bool)
+            self.marks(row, position, schedule) if rows is None or rows[row] else np.zeros(self.width, bool)
             for row in range(len(self))
         ]
         mask = np.stack(marks)
         return bool(mask.all()) if mask.all() or not mask.any() else mx.array(mask)
 
-    def marks(self, row: int, position: Position) -> np.ndarray:
+    def marks(self, row: int, position: Position, schedule: Factor | None = None) -> np.ndarray:
         """Which tokens of one row are touched, (width,) of bool; padding never is."""
         start, length = self.starts[row], self.lengths[row]
         marks = np.zeros(self.width, bool)
@@ -364,4 +371,49 @@ class Tokens:
             first = max(span.start, start)
             first += -(first - span.start) % span.step
             marks[max(first - start, 0) : max(min(span.stop - start, length), 0) : span.step] = True
+        if schedule is not None and marks.any():
+            marks &= self.factors(row, schedule) != 0
         return marks
+
+    def factors(self, row: int, schedule: Factor) -> np.ndarray:
+        """What a schedule says of each token of one row, (width,) of float32; of padding, what it says of the last one.
+
+        Raises:
+            PositionError: the row's prompt is unknown; or all of it is prompt, at which the schedule is 0.
+        """
+        found = self._factors.get((row, schedule))
+        if found is None:
+            found = self._factors[row, schedule] = self._read(row, schedule)
+        return found
+
+    def _read(self, row: int, schedule: Factor) -> np.ndarray:
+        prompt, start = self.prompts[row], self.starts[row]
+        begin = start + 1 - prompt.needed(str(schedule), "schedule=")  # n at the first token, below 0 in the prompt
+        low, high = max(begin, 0), max(begin + max(self.lengths[row], 1) - 1, 0)
+        values = np.array([schedule(n) for n in range(low, high + 1)], np.float32)
+        if prompt.whole and not values.any():
+            raise PositionError(
+                f"schedule={schedule} is 0 in the prompt, and every token of a trace, or of a forward without a cache, "
+                "is prompt unless prompt_tokens= says otherwise."
+            )
+        return values[np.clip(np.arange(begin, begin + self.width), low, high) - low]
+
+    def strengths(self, rows: tuple[bool, ...] | None, schedule: Factor) -> np.ndarray | None:
+        """What a schedule multiplies the strength by, (rows or 1, width or 1): 1 where all along that axis are equal.
+
+        None where it says 1 of every token that it doesn't leave alone.
+        """
+        key = ("strengths", rows, schedule)
+        if key not in self._factors:
+            self._factors[key] = self._strengths(rows, schedule)
+        return self._factors[key]
+
+    def _strengths(self, rows: tuple[bool, ...] | None, schedule: Factor) -> np.ndarray | None:
+        nothing = np.zeros(self.width, np.float32)
+        found = np.stack(
+            [self.factors(row, schedule) if rows is None or rows[row] else nothing for row in range(len(self))]
+        )
+        if ((found == 0) | (found == 1)).all():
+            return None
+        found = found[:1] if (found == found[:1]).all() else found
+        return found[:, :1] if (found == found[:, :1]).all() else found

@@ -11,7 +11,7 @@ import numpy as np
 
 from mlxsteer.model import InterpretableModel
 from mlxsteer.pairs import ContrastPair, checked
-from mlxsteer.reading import Text, as_chat, encode_side, encode_text
+from mlxsteer.reading import Text, as_chat, bos_of, encode_side, encode_text
 
 Metric: TypeAlias = "str | Sequence[str] | Callable[[mx.array], mx.array]"
 """What is measured: ``"logprob_difference"`` of a pair's completions; a list of texts of one token each, for their
@@ -47,7 +47,16 @@ def of_pairs(model: InterpretableModel, pairs: Sequence[ContrastPair], normalize
     """
     texts = [Text(*encode_side(model, pair, side)) for side in ("positive", "negative") for pair in pairs]
     if any(len(text.tokens) == text.prompt for text in texts):
-        raise ValueError("these pairs are two prompts each: a sweep measures completions, and there are none to score.")
+        raise ValueError("these pairs are two prompts each: only completions can be scored, and there are none.")
+    for i, pair in enumerate(pairs):
+        if not (pair.positive and pair.negative):
+            raise ValueError(f"pair {i}: one side is empty, and there is no completion to score.")
+        begins = not (pair.prompt or pair.messages) and texts[i].tokens[0] != bos_of(model)
+        if begins or min(texts[i].prompt, texts[i + len(pairs)].prompt) < 1:
+            raise ValueError(
+                f"pair {i} has no prompt, and this model begins texts with no token of its own: nothing comes before "
+                "the first token to predict it. Give it a prompt."
+            )
     needed = [range(text.prompt - 1, len(text.tokens) - 1) for text in texts]
     targets = np.array([text.tokens[p + 1] for text, positions in zip(texts, needed, strict=True) for p in positions])
     each = [1 / len(positions) if normalize else 1.0 for positions in needed for _ in positions]
@@ -107,7 +116,14 @@ def question_of(model: InterpretableModel, asked: Any, metric: Metric, normalize
         raise ValueError(f"normalize is 'token' or None, not {normalize!r}.")
     if isinstance(asked, (str, Mapping)):
         raise TypeError("a sweep takes contrast pairs or a list of prompts; one prompt is [prompt].")
+    if isinstance(asked, ContrastPair):
+        raise TypeError("a sweep takes a list of contrast pairs; one pair is [pair].")
     given = list(asked)
+    if given and isinstance(given[0], ContrastPair) and isinstance(metric, str) and metric != "logprob_difference":
+        raise ValueError(
+            f"metric {metric!r}: for contrast pairs it is 'logprob_difference', a list of texts of one token each, "
+            "or a callable on logits."
+        )
     if not given or isinstance(given[0], ContrastPair):
         pairs = [as_chat(pair) if chat else pair for pair in checked(given)]
         if metric == "logprob_difference":
@@ -133,7 +149,8 @@ def groups(
     group: list[int] = []
     for i in sorted(range(count), key=lambda i: (first[i], ends[i])):
         end = max(ends[k] for k in [*group, i])
-        tokens = max(strengths, 1) * sides * (len(group) + 1) * (end - first[(group or [i])[0]])
+        begin = first[(group or [i])[0]]
+        tokens = (len(group) + 1) * max(max(strengths, 1) * sides * (end - begin), begin)
         apart = group and first[i] - first[group[0]] > max(1, (ends[i] - first[i]) // 2)
         if group and (alone or apart or tokens > budget):
             yield group
@@ -141,3 +158,13 @@ def groups(
         group.append(i)
     if group:
         yield group
+
+
+def check_count(value: Any, what: str, least: int) -> None:
+    """Refuse what is no number of things.
+
+    Raises:
+        ValueError: with what fits.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
+        raise ValueError(f"{what} is a whole number from {least} on, not {value!r}.")

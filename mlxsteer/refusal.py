@@ -21,6 +21,7 @@ from mlxsteer.model import InterpretableModel
 from mlxsteer.pairs import ContrastPair, PairSet, checked
 from mlxsteer.positions import Position
 from mlxsteer.progress import Step, reporting
+from mlxsteer.questions import check_count
 from mlxsteer.reading import Text, encode_side, single_batches
 from mlxsteer.sites import Site
 from mlxsteer.vectors import SteeringVector
@@ -145,6 +146,9 @@ def select_refusal_direction(
     given = given if given.splits else given.with_splits()
     if ablation not in ("zero", "harmless_mean"):
         raise ValueError(f"ablation is 'zero' or 'harmless_mean', not {ablation!r}.")
+    check_count(positions, "positions", 1)
+    if not 0 < deepest <= 1 or not largest_kl > 0:
+        raise ValueError(f"deepest is a share from 0 to 1 and largest_kl above 0, not {deepest!r} and {largest_kl!r}.")
     train, choose, report = ([_requests(model, given.split(name), side) for side in ("positive", "negative")]
                              for name in ("train", "choose", "report"))  # fmt: skip
     count = min(positions, _shared_ending([*train[0], *train[1]]))

@@ -40,10 +40,14 @@ def evaluation_page(found: Evaluation) -> str:
         for name, value in found.record.items()
         if value is not None
     )
+    split = found.record.get("split")
+    pairs = f"{len(found.base)} pairs" + (f" of the {split} split" if split else "")
+    warnings = "".join(f"<p><b>Warning:</b> {escape(warning)}</p>" for warning in found.warnings)
     chance = ""
     if found.nulls:
         chance = (
-            f" Random vectors of the same length move it by at most {max(found.nulls):+.2f} (p = {found.p_value:.3f})."
+            f" Of {len(found.nulls)} random vectors of the same length, the best moves it by {max(found.nulls):+.2f} "
+            f"nats (p = {found.p_value:.3f})."
         )
     return f"""<!doctype html>
 <html lang="en">
@@ -53,9 +57,10 @@ def evaluation_page(found: Evaluation) -> str:
 <h1>{escape(str(found.record.get("model", "Steering")))}</h1>
 <p class="note"><code>{escape(str(found.record.get("interventions", "")))}</code></p>
 <p class="lead">The preference for the positive completion moves by <b>{escape(str(found.shift))}</b> nats on
-{len(found.base)} pairs that nothing was chosen on.{escape(chance)} On neutral text the model's predictions diverge by
+{escape(pairs)}.{escape(chance)} On neutral text the model's predictions diverge by
 {found.divergence.mean:.3g} nats a token; steered text is {found.perplexity_ratio:.2f} times as perplexing to the
 unsteered model as its own.</p>
+{warnings}
 <img alt="Dose–response, pairs, chance and text" src="data:image/png;base64,{image}">
 <h2>Measures</h2>
 <table>{measures}</table>

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -22,11 +23,12 @@ from mlxsteer.measures.divergence import Divergence, Reference, listed
 from mlxsteer.measures.effect import Steerability, rank_correlation, steerability
 from mlxsteer.measures.nulls import null_p_value, random_like
 from mlxsteer.measures.preference import Preferences
-from mlxsteer.measures.uncertainty import Interval, bootstrap
+from mlxsteer.measures.uncertainty import Interval, bootstrap, generator
 from mlxsteer.model import InterpretableModel
-from mlxsteer.pairs import SPLITS, ContrastPair, PairSet, checked, counted
+from mlxsteer.pairs import ContrastPair, PairSet, checked, counted
 from mlxsteer.positions import At
 from mlxsteer.progress import Step, reporting
+from mlxsteer.questions import check_count
 from mlxsteer.reading import Read, as_chat, encode_side
 from mlxsteer.sites import Site
 from mlxsteer.strength import Strength, measured, solved, target_of
@@ -37,6 +39,9 @@ TRIED = (0.7, 2.5)
 
 STRONGEST = 10.0
 """Residual norms: a budget that isn't spent by then isn't what limits."""
+
+_NULLS = 20_241
+"""Key of the nulls' draws, so that they are no one else's: a random vector is to be held against others."""
 
 MULTIPLES = (-1.0, -0.5, 0.5, 1.0)
 """Of the chosen strength, for the dose–response that is reported."""
@@ -98,7 +103,8 @@ class Choice:
         strengths: layer → strength in residual norms.
         at: which tokens are steered.
         budget: the measure that limits, and its limit.
-        candidates: everything that was considered, the best first.
+        candidates: everything that was considered, the choice first, then by stage and effect. Two layers together are
+            chosen only if they do 5 % more than one.
         evidence: what it does on the report split.
         rank_correlation: between what the layers look like from outside (separation) and what steering there does.
         warnings: what speaks against relying on it, in words; empty where nothing does.
@@ -134,14 +140,15 @@ class Choice:
 
     def __repr__(self) -> str:
         where = " + ".join(f"layer {layer} × {strength:.3g}" for layer, strength in self.strengths.items())
-        return f"Choice({where}, shift {self.evidence.shift} nats)"
+        warned = f", {counted(len(self.warnings), 'warning')}" if self.warnings else ""
+        return f"Choice({where}, shift {self.evidence.shift} nats{warned})"
 
     def table(self) -> str:
         """The candidates, what the choice does on the report split, and the warnings, in plain text."""
         console = Console(width=100, no_color=True, force_terminal=False)
         with console.capture() as capture:
             console.print(self)
-            console.print(self.summary())
+            console.print(self.summary(), markup=False, highlight=False)
         return capture.get().rstrip()
 
     def summary(self) -> str:
@@ -156,14 +163,17 @@ class Choice:
             f"Dose–response: {found.curve} (per multiple of the strength).",
             f"{counted(len(found.nulls), 'random vector')} of the same length: {np.mean(found.nulls):+.2f} on average, "
             f"{max(found.nulls):+.2f} at most; p = {found.p_value:.3f}." if found.nulls else "No null was drawn.",
-            f"On neutral text: {found.divergence}; the budget was {measure} ≤ {limit:g}.",
+            f"On neutral text: {found.divergence}; the budget was {measure} {limit:g}, ± 5 %.",
             "Separation tells no layers apart." if np.isnan(self.rank_correlation) else
             f"Rank correlation of separation and effect over layers: {self.rank_correlation:+.2f}.",
         ]  # fmt: skip
         return "\n".join([*lines, *(f"Warning: {warning}" for warning in self.warnings)])
 
     def __rich__(self) -> Table:
-        table = Table(title=f"effect in nats at {self.budget[0]} ≤ {self.budget[1]:g}, on the choosing split")
+        less = f", less what moves {', '.join(self.record['leave'])}" if self.record.get("leave") else ""
+        table = Table(
+            title=f"effect in nats{less}, at {self.budget[0]} {self.budget[1]:g} (± 5 %), on the choosing split"
+        )
         for head in ("layer", "strength", "effect", self.budget[0], "AUROC", "agreement", "stage"):
             table.add_column(head, justify="right")
         for one in self.candidates:
@@ -248,7 +258,8 @@ def select(
         model: the model.
         pairs: contrast pairs with completions; where they have no splits, they are split by chance.
         vector: a vector that is there already; it must not come from the choose or report pairs.
-        budget: one of `strength.BUDGETS` but the perplexity, and its limit; ``{"kl_mean": 0.3}`` unless given.
+        budget: ``{"kl_mean": …}`` or ``{"kl_p95": …}``, mean or 95th percentile over tokens of KL(base ‖ steered) on
+            neutral text in nats, met to 5 %; ``{"kl_mean": 0.3}`` unless given. No strength is above 10 residual norms.
         neutral: prompts to measure side effects on; `datasets.neutral` for the model unless given.
         layers: which layers are considered.
         at: which tokens are steered.
@@ -274,13 +285,11 @@ def select(
     measure, limit = target_of(None, budget or {"kl_mean": 0.3})
     if measure == "perplexity_ratio":
         raise ValueError("select compares layers by kl_mean or kl_p95; strength_for solves for a perplexity_ratio.")
-    given = PairSet(checked(pairs), name=getattr(pairs, "name", ""))
-    if not given.splits:
-        given = given.with_splits(seed=seed)
-    train, choose, report = (given.split(name) for name in SPLITS)
-    if len(report) < 2:
-        raise ValueError("an interval needs 2 pairs or more, and the report split has 1.")
+    check_count(nulls, "nulls", 0)
+    given, train, choose, report = _splits(pairs, vector, leave, seed)
     prompts = listed(datasets.neutral(model) if neutral is None else neutral)
+    if not prompts:
+        raise ValueError("there are no neutral prompts: give at least one.")
     cost = 0
     with reporting(progress, "selecting") as step:
         step(0, 5)
@@ -327,17 +336,48 @@ def select(
     known = [row for row in rows if not np.isnan(row.effect)]
     correlation = rank_correlation([row.separation for row in known], [row.effect for row in known])
     stages = ("measured", "tried", "read")
-    candidates = sorted([*rows, *together], key=lambda row: (stages.index(row.stage), -np.nan_to_num(row.effect)))
-    warnings = _warnings(vector, best, evidence, len(train), measure, limit)
+    candidates = sorted(
+        [*rows, *together],
+        key=lambda row: (row.strengths != best.strengths, stages.index(row.stage), -np.nan_to_num(row.effect)),
+    )
+    warnings = _warnings(vector, best, evidence, measure, limit)
     record = {
         **model.identity, "pairs_name": given.name, "data": given.fingerprint,
-        "pairs": {name: len(given.split(name)) for name in SPLITS},
+        "pairs": given.splits, "vector": vector.fingerprint, "layers": wanted, "leave": sorted(leave or {}),
         "method": vector.info.get("method"), "read": vector.info.get("read"), "at": repr(at), "seed": seed,
-        "neutral_prompts": len(prompts), "tokens": tokens, "mlxsteer": version("mlxsteer"), "mlx": version("mlx"),
+        "neutral_prompts": len(prompts), "neutral": hashlib.sha256(repr(prompts).encode()).hexdigest()[:16],
+        "tokens": tokens, "mlxsteer": version("mlxsteer"), "mlx": version("mlx"),
         "mlx_lm": version("mlx-lm"),
     }  # fmt: skip
     return Choice(vector, best.strengths, at, (measure, limit), tuple(candidates), evidence, correlation,
                   tuple(warnings), record, cost)  # fmt: skip
+
+
+def _splits(
+    pairs: Iterable[ContrastPair],
+    vector: Any,
+    leave: Any,
+    seed: int,
+) -> tuple[PairSet, PairSet, PairSet, PairSet]:
+    """All pairs, and those of each split; no train pairs where there is a vector already.
+
+    Raises:
+        TypeError: the vector or what is to be left alone is no such thing.
+        ValueError: a split is missing or too small.
+    """
+    if vector is not None and not isinstance(vector, SteeringVector):
+        raise TypeError(f"vector is a SteeringVector, not {type(vector).__name__}.")
+    if leave is not None and not isinstance(leave, Mapping):
+        raise TypeError(
+            f"leave names other behaviours' pairs, such as {{'formality': pairs}}, not {type(leave).__name__}."
+        )
+    given = PairSet(checked(pairs), name=getattr(pairs, "name", ""))
+    if not given.splits:
+        given = given.with_splits(seed=seed)
+    report = given.split("report")
+    if len(report) < 2:
+        raise ValueError("an interval needs 2 pairs or more, and the report split has 1.")
+    return given, given.split("train") if vector is None else PairSet(), given.split("choose"), report
 
 
 def _wanted(model: InterpretableModel, vector: SteeringVector, layers: str | int | Sequence[int]) -> list[int]:
@@ -476,7 +516,7 @@ def _evidence(
     step(4, 5)
     drawn = []
     for draw in range(nulls):
-        random = random_like(vector, seed=seed * 10_007 + draw)
+        random = random_like(vector, seed=int(generator(seed, _NULLS, draw).integers(2**62)))
         edits = [(model._sites.resolve(key), edit)
                  for key, edit in random.at(best.strengths, at=at, unit="residual").items()]  # fmt: skip
         drawn.append(float((preferences.under(edits) - preferences.base).mean()))
@@ -497,9 +537,7 @@ def _evidence(
     )
 
 
-def _warnings(
-    vector: SteeringVector, best: Candidate, found: Evidence, train: int, measure: str, limit: float
-) -> list[str]:
+def _warnings(vector: SteeringVector, best: Candidate, found: Evidence, measure: str, limit: float) -> list[str]:
     """What speaks against relying on a choice, in words."""
     said = []
     if not found.shift.excludes(0.0) or found.shift.value <= 0:
@@ -522,7 +560,8 @@ def _warnings(
                 f"another half of the data would give another vector at layer {layer} (split-half cosine "
                 f"{reliability:.2f}): more or clearer pairs are needed."
             )
-    if train < 80 and "pairs" in vector.info:
+    train = vector.info.get("pairs")
+    if isinstance(train, int) and train < 80:
         said.append(f"the vector is made of {counted(train, 'pair')}; from 80 on they are usually reliable.")
     if found.pairs < 16:
         said.append(f"the report split has {counted(found.pairs, 'pair')}: its interval is not to be relied on.")

@@ -97,7 +97,7 @@ def strength_for(
         unit: of the strength.
         tokens: how many tokens of the unsteered model's continuations are measured, or are generated for the
             perplexity.
-        tolerance: how far from the target, as a share of it, is a hit.
+        tolerance: how far from the target is a hit, as a share of it; of its excess over 1 for a perplexity ratio.
         evaluations: the most strengths to try.
         strongest: the largest strength to try; 64 residual norms, or 1,000 vectors.
         chat: texts are a user's messages.
@@ -197,7 +197,7 @@ def solved(
         evaluate: strength → measure.
         measure: its name.
         target: what it is to be; a perplexity ratio is counted from 1.
-        tolerance: how far from the target, as a share of it, is a hit.
+        tolerance: how far from the target is a hit, as a share of it; of its excess over 1 for a perplexity ratio.
         evaluations: the most strengths to try.
         strongest: the largest.
         first: the strength to begin with.
@@ -210,14 +210,14 @@ def solved(
         found = evaluate(strength)
         # Where numbers overflow, the model has given way: more than any target.
         trials.append((strength, found if np.isfinite(found) else float("inf")))
-        if abs(trials[-1][1] - target) <= tolerance * target:
+        if abs(trials[-1][1] - target) <= tolerance * (target - zero):
             break
         following = _next_strength(trials, target, zero, strongest)
         if following is None:
             break
         strength = following
-    below = [trial for trial in trials if trial[1] <= target * (1 + tolerance)]
-    hits = [trial for trial in trials if abs(trial[1] - target) <= tolerance * target]
+    below = [trial for trial in trials if trial[1] <= target + tolerance * (target - zero)]
+    hits = [trial for trial in trials if abs(trial[1] - target) <= tolerance * (target - zero)]
     tried = max if below else min
     value, reached = hits[0] if hits else tried(below or trials, key=lambda trial: trial[1])
     return Strength(value, measure, target, reached, bool(hits), tuple(trials), unit)
@@ -232,8 +232,10 @@ def _next_strength(trials: Sequence[tuple[float, float]], target: float, zero: f
     high = min(above, default=None)
     low = max((point for point in points if point[1] <= goal and (high is None or point[0] < high[0])), default=None)
     if low is not None and high is not None:
-        # Within the bracket the secant; a parabola once two points are near enough to bend it well.
-        x = low[0] + (goal - low[1]) / (high[1] - low[1]) * (high[0] - low[0])
+        # Within the bracket the secant; a parabola once two points are near enough to bend it well. Next to nothing at
+        # the lower end says nothing of the way up.
+        share = 0.5 if goal - low[1] > 7 else (goal - low[1]) / (high[1] - low[1])
+        x = low[0] + share * (high[0] - low[0])
         near = sorted((p for p in points if p not in (low, high)), key=lambda p: abs(p[1] - goal))[:1]
         if near and sorted(abs(p[1] - goal) for p in (low, high, *near))[1] < 1.0:
             curved = _inverse_parabola([low, high, *near], goal)

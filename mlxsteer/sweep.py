@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import inspect
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import mlx.core as mx
 import numpy as np
+from mlx.utils import tree_flatten
 from rich.console import Console
 from rich.table import Table
 
-from mlxsteer.continuation import Continuation, first_edited
+from mlxsteer.continuation import Continuation, Score, check_touched, first_edited, shares
+from mlxsteer.hooks import residents, surrounding
 from mlxsteer.interventions import create
 from mlxsteer.interventions.base import Intervention, number
 from mlxsteer.interventions.files import write_whole
+from mlxsteer.interventions.registry import registered
 from mlxsteer.model import InterpretableModel
-from mlxsteer.positions import At, Position
+from mlxsteer.positions import At, Position, after
 from mlxsteer.progress import Step, reporting
 from mlxsteer.questions import Metric, Question, groups, question_of
 from mlxsteer.vectors import SteeringVector
@@ -55,9 +60,21 @@ class Sweep:
         return f"Sweep({layers} layers × {strengths} strengths × {prompts} prompts)"
 
     @property
+    def finished(self) -> np.ndarray[Any, Any]:
+        """Which prompts were measured at every layer and strength, (prompts,); all, unless it was interrupted."""
+        finished: np.ndarray[Any, Any] = ~np.isnan(self.effect).any(axis=(0, 1))
+        return finished
+
+    @property
     def mean(self) -> np.ndarray[Any, Any]:
-        """The mean effect over prompts, layers × strengths."""
-        mean: np.ndarray[Any, Any] = self.effect.mean(axis=2)
+        """The mean effect over the finished prompts, layers × strengths.
+
+        Raises:
+            ValueError: no prompt is finished.
+        """
+        if not self.finished.any():
+            raise ValueError("no prompt of this sweep is finished: run it to its end, with checkpoint= to go on.")
+        mean: np.ndarray[Any, Any] = self.effect[:, :, self.finished].mean(axis=2)
         return mean
 
     def table(self) -> str:
@@ -70,17 +87,20 @@ class Sweep:
     def __rich__(self) -> Table:
         """The same for a terminal that shows colours."""
         mean = self.mean
-        table = Table(
-            title=f"{_TITLES.get(self.metric, self.metric)}, mean over prompts; strength in {_UNITS[self.unit]}"
-        )
+        table = Table(title=f"{_TITLES.get(self.metric, self.metric)}, mean over prompts; {self._strengths_in()}")
         table.add_column("layer", justify="right")
         for strength in self.strengths:
             table.add_column(f"{strength:+g}" if strength else "0", justify="right")
         low, high = np.nanmin(mean), np.nanmax(mean)
+        form = ".3g" if self.metric.startswith("P(") else "+.2f"
         for layer, row in zip(self.layers, mean, strict=True):
-            cells = [f"[{_colour(value, low, high)}]{value:+.2f}[/]" for value in row]
+            cells = [f"[{_colour(value, low, high)}]{value:{form}}[/]" for value in row]
             table.add_row(str(layer), *cells)
         return table
+
+    def _strengths_in(self) -> str:
+        added = self.record.get("intervention", "add_vector") == "add_vector"
+        return f"strength in {_UNITS[self.unit]}" if added else f"strength of {self.record['intervention']}"
 
     def best(self) -> tuple[int, float]:
         """The layer and strength s that move the effect most in both directions, at +s and at −s.
@@ -121,11 +141,13 @@ class Sweep:
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
             effect = np.array(data["effect"], dtype=np.float64)
-            made = cls(effect, data["layers"], data["strengths"], data["unit"], data["metric"], data["record"])
-        except (KeyError, TypeError, ValueError) as error:
+            layers = [int(layer) for layer in data["layers"]]
+            strengths = [number(strength, "a strength") for strength in data["strengths"]]
+            made = cls(effect, layers, strengths, data["unit"], str(data["metric"]), dict(data["record"]))
+            if effect.shape[:2] != (len(layers), len(strengths)) or effect.ndim != 3 or made.unit not in _UNITS:
+                raise ValueError(f"an effect of shape {effect.shape} in units of {made.unit!r}")
+        except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
             raise ValueError(f"{path} holds no sweep ({error}).") from error
-        if effect.ndim != 3 or effect.shape[:2] != (len(made.layers), len(made.strengths)):
-            raise ValueError(f"{path} holds no sweep: its effect has shape {effect.shape}.")
         return made
 
     def plot(self, path: str | Path | None = None) -> Any:
@@ -172,12 +194,33 @@ def _directions(
     if vector.positions is not None:
         raise ValueError("this vector has a direction per position; a sweep takes one direction per layer.")
     vector.check(model)
-    if isinstance(layers, str) and layers != "all":
-        raise ValueError(f"layers are 'all', a layer, or a list of layers, not {layers!r}.")
-    wanted = list(vector) if isinstance(layers, str) else [int(layer) for layer in np.atleast_1d(np.asarray(layers))]
+    wanted = chosen_layers(vector, layers)
+    if unit == "residual" and not vector.residual_norms:
+        raise ValueError("unit='residual' needs the layers' norms, and these directions come without: unit='raw'.")
     for layer in wanted:
         vector.at(layer, unit=unit)  # type: ignore[arg-type]  # refuse what is missing before anything runs
     return vector, wanted
+
+
+def chosen_layers(vector: SteeringVector, layers: Any) -> list[int]:
+    """``"all"``, a layer, or several, as numbers of layers that the vector has.
+
+    Raises:
+        TypeError, ValueError: they are none, none at all, or named twice.
+        KeyError: the vector lacks one.
+    """
+    if isinstance(layers, str) and layers == "all":
+        return list(vector)
+    several = not isinstance(layers, (str, bytes)) and np.iterable(layers)
+    given: list[Any] = list(layers) if several else [layers]
+    whole = [layer for layer in given if isinstance(layer, (int, np.integer)) and not isinstance(layer, bool)]
+    if len(whole) < len(given) or not given or len(set(whole)) < len(whole):
+        raise ValueError(
+            f"layers are 'all', a layer, or a list of different layers of {vector.layers}, not {layers!r}."
+        )
+    for layer in whole:
+        vector[int(layer)]  # refuses one that it lacks
+    return [int(layer) for layer in whole]
 
 
 def _maker(
@@ -190,10 +233,26 @@ def _maker(
             return vector.at(layer, rows, at, unit=unit)[vector.key(layer)]  # type: ignore[arg-type]
         if callable(intervention):
             return intervention(vector[layer], rows)
-        parameter = _DIRECTION.get(intervention, "direction")
-        return create(intervention, **{parameter: vector[layer]}, strength=rows, at=at)
+        return create(intervention, **{parameters[0]: vector[layer]}, strength=rows, at=at)
 
+    parameters: list[str] = []
+    if isinstance(intervention, str):
+        found = {name: _directional(cls) for name, cls in registered().items()}
+        if intervention in found and not found[intervention]:
+            fitting = ", ".join(sorted(name for name, own in found.items() if own))
+            raise ValueError(
+                f"intervention={intervention!r} isn't made of one direction; {fitting} are, and so is what a callable "
+                "(direction, strengths) → intervention makes."
+            )
+        parameters = found.get(intervention) or ["direction"]
     return make
+
+
+def _directional(kind: type[Intervention]) -> list[str]:
+    """The parameter of a registered intervention that takes its direction, if that is all it needs."""
+    signature = inspect.signature(kind).parameters.values()
+    needed = [p.name for p in signature if p.default is p.empty]
+    return needed if len(needed) == 1 and needed[0] in ("vector", "direction", "directions") else []
 
 
 def check_positions(made: Intervention, layer: int, at: At) -> None:
@@ -208,9 +267,6 @@ def check_positions(made: Intervention, layer: int, at: At) -> None:
                 f"the intervention at layer {layer} acts at={part.at.written()!r}, and at={at!r} was asked for: make "
                 f"it act there, or ask for at={part.at.written()!r}."
             )
-
-
-_DIRECTION = {"ablate": "directions", "replace_with": "value", "mean_replace": "mean"}
 
 
 def sweep(
@@ -246,12 +302,17 @@ def sweep(
         at: which tokens; a pair's prompt is the prompt, its completion counts as generated.
         unit: ``"residual"``: a strength of 1 adds the direction with the layer's median norm, so that strengths mean
             the same at every layer; ``"raw"``: it adds the vector as it is. For ``"add_vector"`` only.
-        intervention: what is done with the direction; or a callable.
-        metric: what is measured.
+        intervention: what is done with the direction, such as ``"add_vector"`` or ``"ablate"``; or a callable from a
+            direction and one strength per row to an intervention that acts at `at`.
+        metric: ``"logprob_difference"``: log P(positive) − log P(negative) of a pair's completions, in nats, summed
+            over tokens. For prompts a list of texts of one token each, such as ``[" yes", " Yes"]``, for their
+            probability together; or a callable from logits (rows, vocabulary), float32, to one number per row, (rows,),
+            where a row is one prompt at one strength.
         normalize: ``"token"`` divides a completion's log-probability by its number of tokens.
         chat: prompts are a user's messages.
         batch_tokens: the most tokens in one batch, padding and strengths included; memory is bounded by it.
-        checkpoint: a JSON file that keeps what is done, and from which the same sweep goes on.
+        checkpoint: a JSON file that keeps what is done, and from which the same sweep goes on. Callables are told
+            apart by their code; one that captures values of its surroundings can't be, and is refused.
         progress: True for a bar on a terminal, or a function that is called with the number of steps done and in all.
 
     Returns:
@@ -263,8 +324,8 @@ def sweep(
         KeyError: the vector lacks a layer.
     """
     strong = [number(s, "a strength") for s in np.atleast_1d(np.asarray(strengths))]
-    if not strong:
-        raise ValueError("a sweep needs at least one strength.")
+    if not strong or len(set(strong)) < len(strong):
+        raise ValueError(f"a sweep needs at least one strength, and each of them once, not {strengths!r}.")
     if intervention != "add_vector":
         unit = "raw"
     if isinstance(batch_tokens, bool) or not isinstance(batch_tokens, int) or batch_tokens < 1:
@@ -276,12 +337,22 @@ def sweep(
     for layer in wanted:
         check_positions(make(layer, [1.0]), layer, at)
     prompts = len(question.texts) // (1 + question.pairs)
+    if checkpoint is not None:
+        _check_checkpoint(model, checkpoint)
+    for what in (intervention, metric, at):
+        if checkpoint is not None and callable(what) and _code(what) is None:
+            raise ValueError(
+                f"{what!r} captures values, so that a checkpoint couldn't tell it from another: write it as a function "
+                "of its arguments alone, or leave checkpoint= out."
+            )
     made = Sweep(np.full((len(wanted), len(strong), prompts), np.nan), wanted, strong, unit, question.metric,
-                 _record(model, chosen, question, at, intervention))  # fmt: skip
+                 _record(model, chosen, question, at, intervention, metric))  # fmt: skip
     if checkpoint is not None and Path(checkpoint).exists():
         _resume(made, checkpoint)
     moving = [i for i, s in enumerate(strong) if s]
-    firsts = [first_edited(model, *one, position) for one in zip(question.texts, question.needed, strict=True)]
+    texts = list(zip(question.texts, question.needed, strict=True))
+    check_touched(model, texts, [position], at)
+    firsts = [first_edited(model, *one, position) if shares(model) else 0 for one in texts]
     grouped = list(groups(question, firsts, len(moving), batch_tokens, alone=not model._sites.family.batch))
     with reporting(progress, "sweeping") as step:
         for done, group in enumerate(grouped):
@@ -316,54 +387,91 @@ def _sweep_group(
     half = len(question.texts) // 2
     members = [*group, *(i + half for i in group)] if question.pairs else group
     starts = np.cumsum([0, *map(len, question.needed)])
-    numbers = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in members])
     part = Question([question.texts[i] for i in members], [question.needed[i] for i in members], question.pairs,
-                     question.metric, question.score)  # fmt: skip
-
-    def score(logits: mx.array, positions: np.ndarray[Any, Any]) -> mx.array:
-        return question.score(logits, numbers[positions])
-
+                    question.metric, question.score)  # fmt: skip
     # A family whose rows differ in a batch runs a side at a time: no batch at all.
     alone = not model._sites.family.batch
-    batches = [[i] for i in range(len(members))] if alone else [list(range(len(members)))]
-    passes = []
-    for rows in batches:
-        texts, needed = [part.texts[i] for i in rows], [part.needed[i] for i in rows]
-        passes.append(Continuation(model, texts, needed, position, pairs=part.pairs and not alone))
-    clean = part.effect(np.concatenate([one.clean(score) for one in passes])[None])[0]
-    width = max(one.width for one in passes)
+    passes: list[tuple[Continuation, int, Score]] = []
+    for rows in [[i] for i in members] if alone else [members]:
+        texts, needed = [question.texts[i] for i in rows], [question.needed[i] for i in rows]
+        numbers = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in rows])
+        one = Continuation(model, texts, needed, position, pairs=part.pairs and not alone)
+        passes.append((one, len(rows), functools.partial(_scored, question, numbers)))
+    clean = part.effect(np.concatenate([one.clean(score) for one, _, score in passes])[None])[0]
+    width = max(one.width for one, _, _ in passes)
     copies = 1 if alone else max(1, batch_tokens // (len(members) * width))
     for i, layer in enumerate(made.layers):
-        site = model._sites.resolve(made.record["site"].format(layer=layer))
+        site = model._sites.resolve(made.record["site"].replace("{layer}", str(layer)))
         for j, strength in enumerate(made.strengths):
             if not strength:
                 made.effect[i, j, group] = clean
         for begin in range(0, len(moving), copies):
             some = moving[begin : begin + copies]
             found = []
-            for one, rows in zip(passes, batches, strict=True):
-                each = [made.strengths[j] for j in some for _ in rows]
+            for one, count, score in passes:
+                each = [made.strengths[j] for j in some for _ in range(count)]
                 found.append(one.edited([(site, make(layer, each))], len(some), score))
             made.effect[np.ix_([i], some, group)] = part.effect(np.concatenate(found, axis=1))[None]
         step(i + 1)
 
 
+def _scored(
+    question: Question, numbers: np.ndarray[Any, Any], logits: mx.array, positions: np.ndarray[Any, Any]
+) -> mx.array:
+    """Scores of some of a question's positions, which a pass counts from 0."""
+    return question.score(logits, numbers[positions])
+
+
 def _record(
-    model: InterpretableModel, vector: SteeringVector, question: Question, at: At, intervention: Maker
+    model: InterpretableModel, vector: SteeringVector, question: Question, at: At, intervention: Maker, metric: Metric
 ) -> dict[str, Any]:
     digest = hashlib.sha256(repr([(text.tokens, text.prompt) for text in question.texts]).encode())
-    directions = hashlib.sha256(b"".join(np.array(vector[layer]).tobytes() for layer in vector))
+    code = {name: _code(what) for name, what in (("intervention", intervention), ("metric", metric)) if callable(what)}
     return {
         **model.identity,
         "site": vector.site,
-        "vector": directions.hexdigest()[:16],
+        "weights": _weights(model),
+        "vector": vector.fingerprint,
+        "residual_norms": {str(layer): norm for layer, norm in vector.residual_norms.items()},
         "method": vector.info.get("method"),
         "intervention": intervention
         if isinstance(intervention, str)
         else getattr(intervention, "__name__", "callable"),
-        "at": repr(at),
+        "at": _code(at) if callable(at) and not isinstance(at, after) else repr(at),
         "data": digest.hexdigest()[:16],
+        **({"code": code} if code else {}),
+        "versions": {name: version(name) for name in ("mlx", "mlx-lm", "mlxsteer")},
     }
+
+
+def _code(function: Any) -> str | None:
+    """A hash of what a function does, if that is in its code alone."""
+    code = getattr(function, "__code__", None)
+    if code is None or function.__closure__ or function.__defaults__:
+        return None
+    return hashlib.sha256(repr((code.co_code, code.co_consts, code.co_names)).encode()).hexdigest()[:16]
+
+
+def _check_checkpoint(model: InterpretableModel, checkpoint: str | Path) -> None:
+    """Refuse a checkpoint that can't be written, or couldn't say what it is of, before anything runs.
+
+    Raises:
+        FileNotFoundError, IsADirectoryError: there is no such folder, or it is one.
+        ValueError: the model is steered, which no checkpoint records.
+    """
+    path = Path(checkpoint)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path}: there is no folder {path.parent}.")
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder: name a file in it.")
+    if surrounding(model.model) or residents(model.model):
+        raise ValueError("this model is steered already, which a checkpoint doesn't record: leave checkpoint= out.")
+
+
+def _weights(model: InterpretableModel) -> str:
+    """A hash of a few numbers of every parameter, to tell models of one name apart."""
+    some = [array.reshape(-1)[:8].astype(mx.float32) for _, array in tree_flatten(model.model.parameters())]
+    return hashlib.sha256(np.array(mx.concatenate(some)).tobytes()).hexdigest()[:16]
 
 
 def _resume(made: Sweep, checkpoint: str | Path) -> None:
@@ -373,8 +481,9 @@ def _resume(made: Sweep, checkpoint: str | Path) -> None:
         ValueError: it is of another sweep.
     """
     before = Sweep.from_json(checkpoint)
-    same = (before.layers, before.strengths, before.unit, before.metric, dict(before.record)) == (
-        made.layers, made.strengths, made.unit, made.metric, dict(made.record))  # fmt: skip
+    mine, theirs = ({k: v for k, v in sweep.record.items() if k != "versions"} for sweep in (made, before))
+    same = (before.layers, before.strengths, before.unit, before.metric, theirs) == (
+        made.layers, made.strengths, made.unit, made.metric, mine)  # fmt: skip
     if not same or before.effect.shape != made.effect.shape:
         raise ValueError(f"{checkpoint} keeps another sweep: give another file, or remove it.")
     made.effect[...] = before.effect

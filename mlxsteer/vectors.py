@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -198,6 +199,14 @@ class SteeringVector:
     def key(self, layer: int) -> str:
         """The key of the vector's place in a layer, such as ``"layers.5"``."""
         return self.site.replace("{layer}", str(layer))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits of the SHA-256 of the place and the directions: equal for vectors that do the same."""
+        digest = hashlib.sha256(self.site.encode())
+        for layer, direction in self.directions.items():
+            digest.update(f"{layer} {direction.shape}".encode() + np.array(direction).tobytes())
+        return digest.hexdigest()[:16]
 
     @cached_property
     def _zeros(self) -> frozenset[int]:

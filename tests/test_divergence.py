@@ -364,7 +364,7 @@ def test_the_clean_prefix_runs_once_and_so_do_the_blocks_below(llama: Interpreta
     """By hand: prompts of 13, 9 and 9 tokens with 4 more, of which the last isn't run."""
     prompts = ["the food was", "rain now", "we agree"]
     with counted(llama) as seen:
-        Reference(llama, prompts, tokens=0, at=-1)
+        Reference(llama, prompts, tokens=0, at=-2)
         assert seen[0] == 3 * 12  # the last token predicts nothing that is measured
     clean = Reference(llama, prompts, tokens=4, at=-1)
     with counted(llama) as seen:

@@ -387,7 +387,7 @@ WRONG_READS: dict[str, tuple[Any, str]] = {
     "callable behind the end": (lambda tokens: [0, len(tokens)], r"read= gave index \d+, and a text has only"),
     "a slip": ("lsat", "not 'lsat'. Nearest: last"),
     "capitals": ("Last", "not 'Last'. Nearest: last"),
-    "callable that chooses none": (lambda tokens: [], "the callable gave .* for a text; it gives one index or several"),
+    "callable that chooses none": (lambda tokens: [], r"the callable gave \[\] for a text of \d+ tokens; it gives one"),
     "callable that masks all": (lambda tokens: [False] * len(tokens), "it gives one index or several"),
     "callable of fractions": (lambda tokens: 0.5, r"the callable gave 0\.5"),
     "callable of words": (lambda tokens: "last", "the callable gave"),
@@ -583,7 +583,7 @@ def test_sides_that_read_the_same_are_refused_before_anything_runs(family: str) 
 
 def test_a_direction_that_is_zero_everywhere_is_refused(llama: InterpretableModel) -> None:
     opposite = ContrastPair(SHARING[0].prompt, SHARING[0].negative, SHARING[0].positive)
-    for sides in ({"pairs": [SHARING[0], opposite]}, {"positive": ["a b", "c"], "negative": ["c", "a b"]}):
+    for sides in ({"pairs": [SHARING[0], opposite]}, {"positive": ["a b"], "negative": ["a b", "a b"]}):
         with pytest.raises(ValueError, match="zero at every layer: both sides read the same on average"):
             extract(llama, **sides)
     none = SteeringVector({1: mx.ones(64), 2: mx.zeros(64)})

@@ -280,7 +280,7 @@ FOREIGN_GGUF: dict[str, tuple[dict[str, np.ndarray], dict[str, str], str]] = {
     "info that is a list": (
         {"direction.1": ONES},
         {"mlxsteer.vector": '{"version": 1, "site": "layers.{layer}", "residual_norms": {}, "info": []}'},
-        "its info is list",
+        "info is a dict, not list",
     ),
 }  # fmt: skip
 

@@ -161,6 +161,16 @@ def test_a_stream_is_generate(llama: InterpretableModel) -> None:
     assert whole.touched == [False] * 7 + [True] * 8
 
 
+def test_tokens_that_a_schedule_leaves_alone_are_not_called_touched(llama: InterpretableModel) -> None:
+    steer = {f"layers.{LAYER}": iv.add_vector(vector(), schedule=iv.window(2, 4))}
+    made = llama.generate(PROMPT, steer, max_tokens=6)
+    assert made.touched == [False] * 9 + [True] * 2 + [False] * 3
+    assert llama.generate([PROMPT[:3]], steer, max_tokens=4)[0].touched == [False] * 4 + [True] * 2 + [False]
+    late = {f"layers.{LAYER}": iv.add_vector(vector(), schedule=iv.window(50))}
+    with pytest.warns(NothingTouched, match=r"at='all' with schedule=window\(start=50, stop=None\) lies nowhere in 11"):
+        llama.generate(PROMPT, late, max_tokens=3)
+
+
 def test_an_intervention_that_touched_no_token_is_warned_of(llama: InterpretableModel) -> None:
     with pytest.warns(
         NothingTouched, match=r"add_vector at layers\.2 touched no token: at=50 lies nowhere in 11 tokens"

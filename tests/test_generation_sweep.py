@@ -406,7 +406,7 @@ def test_bad_sweeps_are_refused_before_anything_runs(
         (ValueError, "a finite number, not nan", {"strengths": [0.0, float("nan")]}),
         (TypeError, "a strength is a number", {"strengths": ["big"]}),
         (KeyError, "no direction for layer 9", {"layers": [9]}),
-        (ValueError, "at least one layer", {"layers": []}),
+        (ValueError, "layers are 'all'", {"layers": []}),
         (ValueError, "layers are 'all'", {"layers": "middle"}),
         (ValueError, "unit is 'raw' or 'residual'", {"unit": "sigma"}),
         (ValueError, "residual norm", {"vector": SteeringVector({0: mx.ones(64)}), "layers": 0}),

@@ -230,6 +230,10 @@ def everything(width: int = 4, **more: Any) -> dict[str, iv.Intervention]:
         "patch": iv.replace_with(array((3, width)), **more),
         "sequence": iv.add_sequence(array((3, width)), **more),
         "function": iv.Function(lambda x: x + 1, **more),
+        "rotate": iv.rotate(array((width,), 5), array((width,), 6), 50.0, **more),
+        "slerp": iv.slerp(array((width,), 5), **more),
+        "cap": iv.cap(array((width,), 5), 2.0, **more),
+        "affine": iv.affine(array((width,), 5), array((width,), 6), **more),
     }
 
 
@@ -808,8 +812,8 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> dict[str, type]:
 
 
 OPERATORS = [
-    "ablate", "add_sequence", "add_vector", "clamp", "compose", "mean_replace", "noise", "replace_with", "scale",
-    "zero_out",
+    "ablate", "add_sequence", "add_vector", "affine", "cap", "clamp", "compose", "mean_replace", "noise",
+    "replace_with", "rotate", "scale", "slerp", "zero_out",
 ]  # fmt: skip
 
 
@@ -975,6 +979,11 @@ def registered_examples() -> dict[str, iv.Intervention]:
         "patch": iv.replace_with(random((1, 3, 5), 1), align="start"),
         "sequence": iv.add_sequence(random((3, 5), 2), -0.5),
         "noise": iv.noise(0.7, 2**32 - 1),
+        "rotate": iv.rotate(TINY, random((5,), 4), -30, 0.3, relative=True),
+        "slerp": iv.slerp(TINY, 0.2),
+        "cap": iv.cap(TINY, -0.5, "above"),
+        "affine": iv.affine(TINY, random((5,), 4)),
+        "schedule": iv.zero_out(at="last", schedule=iv.decay(20)),
         "compose": inner,
         "nested": iv.Compose((inner, iv.clamp(None, 2.0), inner), strength=0.25),
         **{f"at {at}": iv.scale(1.5, at=at) for at in POSITIONS},

@@ -129,7 +129,7 @@ def test_a_prompt_longer_than_the_context_is_warned_of(pocket: InterpretableMode
     with pytest.warns(ContextLengthWarning, match="513 tokens, the model was made for 512"):
         pocket.trace([7] * 513)
     wrapped = InterpretableModel(tiny.build("gpt2"))
-    with pytest.warns(ContextLengthWarning, match="600 tokens"):
+    with pytest.raises(ValueError, match="600 tokens, and the model has 512 learned positions"):
         wrapped.trace([7] * 600)
 
 

@@ -271,7 +271,7 @@ def test_bad_sweeps_are_refused_before_anything_runs(
         (TypeError, "a SteeringVector or a dict", {"vector": 3}),
         (ValueError, "direction per position", {"vector": SteeringVector({0: mx.ones((2, 256))})}),
         (ValueError, "another model's", {"vector": SteeringVector({0: mx.ones(64)})}),
-        (ValueError, "residual norm", {"vector": SteeringVector({0: mx.ones(256)})}),
+        (ValueError, "needs the layers' norms", {"vector": SteeringVector({0: mx.ones(256)})}),
         (ValueError, "two prompts each", {"pairs": [ContrastPair("", "Hello!", "Goodbye!", chat=True)]}),
     ]
     for kind, message, changed in refused:

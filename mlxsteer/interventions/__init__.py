@@ -1,7 +1,8 @@
 """Interventions: what is done to an activation, as small immutable objects, and the registry that knows them by name.
 
 Every intervention is one pure call ``(x, where) -> x'`` with the shape and dtype of ``x``. Strength 0 is the
-identity, bit for bit; strength 1 is the textbook form. ``a | b`` does a, then b.
+identity, bit for bit; strength 1 is the textbook form. ``a | b`` does a, then b. `at=` says which tokens, `schedule=`
+how the strength changes while a text is generated.
 """
 
 import difflib
@@ -12,23 +13,32 @@ from mlxsteer.interventions.operators import (
     Ablate,
     AddSequence,
     AddVector,
+    Affine,
+    Cap,
     Clamp,
     MeanReplace,
     Noise,
     ReplaceWith,
+    Rotate,
     Scale,
+    Slerp,
     ZeroOut,
     ablate,
     add_sequence,
     add_vector,
+    affine,
+    cap,
     clamp,
     mean_replace,
     noise,
     replace_with,
+    rotate,
     scale,
+    slerp,
     zero_out,
 )
 from mlxsteer.interventions.registry import available, create, describe, register
+from mlxsteer.interventions.schedules import Schedule, decay, ramp, window
 from mlxsteer.positions import after
 
 
@@ -42,6 +52,8 @@ __all__ = [
     "Ablate",
     "AddSequence",
     "AddVector",
+    "Affine",
+    "Cap",
     "Clamp",
     "Compose",
     "Function",
@@ -49,23 +61,33 @@ __all__ = [
     "MeanReplace",
     "Noise",
     "ReplaceWith",
+    "Rotate",
     "Scale",
+    "Schedule",
+    "Slerp",
     "ZeroOut",
     "ablate",
     "add_sequence",
     "add_vector",
+    "affine",
     "after",
     "available",
+    "cap",
     "clamp",
     "compose",
     "create",
+    "decay",
     "describe",
     "load",
     "mean_replace",
     "noise",
+    "ramp",
     "register",
     "replace_with",
+    "rotate",
     "save",
     "scale",
+    "slerp",
+    "window",
     "zero_out",
 ]

@@ -106,9 +106,12 @@ class Intervention:
     Attributes:
         strength: 0 is the identity (bit for bit, by not doing it), 1 the textbook form; one number, or one per row.
         at: which tokens; see `mlxsteer.positions`.
+        schedule: a factor on the strength that depends on how many generated tokens the model has read: `decay`,
+            `ramp`, `window`, or a function; None for 1 throughout. See `mlxsteer.interventions.schedules`.
     """
 
     at: Any = field(default="all", kw_only=True)
+    schedule: Any = field(default=None, kw_only=True)
     _cache: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     name: ClassVar[str] = ""
@@ -119,6 +122,10 @@ class Intervention:
 
     def __post_init__(self) -> None:
         self._set(strength=_strength(self.strength, self.name), at=Position.of(self.at))
+        if self.schedule is not None:
+            from mlxsteer.interventions.schedules import Schedule
+
+            self._set(schedule=Schedule.of(self.schedule))
 
     def _set(self, **values: Any) -> None:
         for name, value in values.items():
@@ -130,10 +137,12 @@ class Intervention:
                 return f"<{'×'.join(map(str, value.shape))}>" if value.ndim else f"{value.item():g}"
             return repr(value.written() if isinstance(value, Position) else value)
 
-        own = {f.name: getattr(self, f.name) for f in fields(self) if f.init and f.name != "at"}
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.init and f.name not in ("at", "schedule")}
         shown = [f"{name}={short(value)}" for name, value in own.items()]
         if self.at != Position.of("all"):
             shown.append(f"at={short(self.at)}")
+        if self.schedule is not None:
+            shown.append(f"schedule={self.schedule}")
         return f"{type(self).__name__}({', '.join(shown)})"
 
     # -- what subclasses say -----------------------------------------------------------------------------------
@@ -153,11 +162,14 @@ class Intervention:
 
         Raises:
             ValueError: a constant doesn't fit `x`, or the strengths don't fit its rows.
+            PositionError: `at` or `schedule` needs the prompt, and it is unknown.
         """
         strength, rows = self._resolve_strength(x, where)
-        touched = where.tokens.touched(self.at, rows)
+        touched = where.tokens.touched(self.at, rows, self.schedule)
         if touched is False:
             return x
+        if self.schedule is not None:
+            strength = self._scheduled(strength, x, where, rows)
         if ("fits", x.shape[2:]) not in self._cache:
             self.check(x.shape[-1], where.key)
             self._check_axes(x.ndim - 2, where.key)
@@ -175,11 +187,7 @@ class Intervention:
         if touched is True:
             return y
         assert isinstance(touched, mx.array)
-        if x.shape[:2] != touched.shape:
-            raise ValueError(
-                f"{where.key} has shape {x.shape}, which doesn't begin with (batch, tokens) = {touched.shape}: only "
-                "at='all' with one strength for all rows can be used there."
-            )
+        self._check_tokens(x, touched.shape, where)
         return mx.where(touched.reshape(*touched.shape, *(1,) * (x.ndim - 2)), y, x)
 
     def _resolve_strength(self, x: mx.array, where: Where) -> tuple[float | mx.array, tuple[bool, ...] | None]:
@@ -200,6 +208,29 @@ class Intervention:
         if not all(own):
             rows = tuple(bool(s) and (rows is None or rows[i]) for i, s in enumerate(own))
         return mx.array(own).reshape(-1, *(1,) * (x.ndim - 1)), rows
+
+    def _scheduled(
+        self, strength: float | mx.array, x: mx.array, where: Where, rows: tuple[bool, ...] | None
+    ) -> float | mx.array:
+        """The strength times the schedule's factors.
+
+        An array, even where it is one number: `cast` would evaluate a constant for every new float, and wait for it.
+        """
+        factors = where.tokens.strengths(rows, self.schedule)
+        if factors is None:
+            return strength
+        if factors.size > 1:
+            self._check_tokens(x, (len(where.tokens), where.tokens.width), where)
+        factors = factors.reshape(*factors.shape, *(1,) * (x.ndim - 2))
+        return mx.array(strength * factors) if isinstance(strength, float) else strength * mx.array(factors)
+
+    @staticmethod
+    def _check_tokens(x: mx.array, shape: tuple[int, ...], where: Where) -> None:
+        if x.shape[:2] != shape:
+            raise ValueError(
+                f"{where.key} has shape {x.shape}, which doesn't begin with (batch, tokens) = {shape}: only at='all' "
+                "with one strength for all tokens can be used there."
+            )
 
     def check(self, width: int, key: str) -> None:
         """Refuse constants that don't fit an activation of `width` features.
@@ -315,7 +346,7 @@ class Compose(Intervention):
     """One intervention after the other: ``x' = f_n(… f_1(x))``.
 
     Args:
-        steps: the interventions, in the order in which they act. Each keeps its own strength and positions.
+        steps: the interventions, in the order in which they act. Each keeps its own strength, positions and schedule.
     """
 
     steps: tuple[Intervention, ...]
@@ -328,10 +359,10 @@ class Compose(Intervention):
             raise ValueError("a composition of no interventions: give at least one.")
         self._set(steps=steps)
         super().__post_init__()
-        if self.at != Position.of("all") or not isinstance(self.strength, float):
+        if self.at != Position.of("all") or self.schedule is not None or not isinstance(self.strength, float):
             raise ValueError(
-                "a composition acts where and how its steps say: give at= and per-row strengths to them; its own "
-                "strength is one number, which multiplies theirs."
+                "a composition acts where, when and how its steps say: give at=, schedule= and per-row strengths to "
+                "them; its own strength is one number, which multiplies theirs."
             )
 
     def __call__(self, x: mx.array, where: Where) -> mx.array:
@@ -379,7 +410,7 @@ class Function(Intervention):
         return y if isinstance(strength, float) and strength == 1.0 else x + strength * (y - x)
 
     def _hash(self) -> str:
-        return f"function-{id(self.function):x}×{self.strength}@{self.at}"
+        return f"function-{id(self.function):x}×{self.strength}@{self.at}×{self.schedule}"
 
 
 def as_intervention(value: Any) -> Intervention:

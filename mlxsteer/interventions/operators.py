@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -19,7 +20,17 @@ def _unit(direction: mx.array, what: str) -> mx.array:
     if settled(largest) and (largest == 0).any().item():
         raise ValueError(f"{what} is zero: a direction has a length.")
     direction = direction / mx.stop_gradient(largest)  # squares of very long or short ones leave float32
-    return direction / mx.linalg.norm(direction, axis=-1, keepdims=True)
+    unit = direction / mx.linalg.norm(direction, axis=-1, keepdims=True)
+    settled(unit)  # for every thread
+    return unit
+
+
+def _one(direction: Any, what: str) -> mx.array:
+    """One direction, (D,)."""
+    found = tensor(direction, what)
+    if found.ndim != 1:
+        raise ValueError(f"{what} is one direction, (D,), not {found.shape}.")
+    return found
 
 
 def _orthonormal(directions: mx.array, what: str) -> mx.array:
@@ -46,7 +57,7 @@ class AddVector(Intervention):
     Args:
         vector: v, (D,); at ``attn.heads`` (head_dim,) for every head, or (heads, head_dim).
         strength: s.
-        preserve_norm: keep each token's norm, computed in float32.
+        preserve_norm: keep each token's norm, computed in float32; where x + s·v is zero, so is x'.
     """
 
     vector: Any
@@ -59,15 +70,14 @@ class AddVector(Intervention):
         super().__post_init__()
 
     def formula(self, x: mx.array, strength: float | mx.array, where: Where) -> mx.array:
+        if self.preserve_norm:
+            wide = x.astype(mx.float32)
+            moved = wide + strength * self.vector
+            before, after = (mx.linalg.norm(h, axis=-1, keepdims=True) for h in (wide, moved))
+            return moved * (before / mx.maximum(after, 1e-12))
         if isinstance(strength, float):
-            delta = self.cast(strength, x.dtype, lambda: strength * self.vector)
-        else:
-            delta = (strength * self.vector).astype(x.dtype)
-        moved = x + delta
-        if not self.preserve_norm:
-            return moved
-        before, after = (mx.linalg.norm(h.astype(mx.float32), axis=-1, keepdims=True) for h in (x, moved))
-        return moved.astype(mx.float32) * (before / mx.maximum(after, 1e-12))
+            return x + self.cast(strength, x.dtype, lambda: strength * self.vector)
+        return x + (strength * self.vector).astype(x.dtype)
 
 
 @register("add_sequence")
@@ -99,7 +109,7 @@ class AddSequence(Intervention):
             )
         tokens, count = where.tokens, self.vectors.shape[0]
         index = np.add.outer(tokens.starts, np.arange(tokens.width))
-        ends = [min(prompt.needed("add_sequence"), count) for prompt in tokens.prompts]
+        ends = [min(prompt.needed("add_sequence", ""), count) for prompt in tokens.prompts]
         covered = (index >= 0) & (index < np.array(ends)[:, None])
         if not covered.any():
             return x
@@ -233,7 +243,7 @@ class ReplaceWith(Intervention):
             source: mx.array = mx.broadcast_to(value, x.shape)
             return self._blend(x, source, strength)
         tokens, count = where.tokens, value.shape[0]
-        offsets = np.array([self._offset(p.needed("replace_with's alignment"), count) for p in tokens.prompts])
+        offsets = np.array([self._offset(p.needed("replace_with's alignment", ""), count) for p in tokens.prompts])
         index = np.add.outer(tokens.starts, np.arange(tokens.width)) - offsets[:, None]
         covered = (index >= 0) & (index < count)
         if not covered.any():
@@ -306,11 +316,8 @@ class Clamp(Intervention):
         if self.low is not None and self.high is not None and self.low > self.high:
             raise ValueError(f"clamp: low {self.low:g} lies above high {self.high:g}.")
         if self.along is not None:
-            along = tensor(self.along, "clamp: along")
-            if along.ndim != 1:
-                raise ValueError(f"clamp: along is one direction, (D,), not {along.shape}.")
-            self._set(along=along)
-            self._cache["unit"] = _unit(along, "clamp: along")
+            self._set(along=_one(self.along, "clamp: along"))
+            self._cache["unit"] = _unit(self.along, "clamp: along")
         super().__post_init__()
 
     def formula(self, x: mx.array, strength: float | mx.array, where: Where) -> mx.array:
@@ -318,9 +325,183 @@ class Clamp(Intervention):
         if self.along is None:
             clipped = mx.clip(wide, self.low, self.high)
             return clipped if isinstance(strength, float) and strength == 1.0 else wide + strength * (clipped - wide)
-        unit = self._cache["unit"]
+        return _clipped_along(wide, self._cache["unit"], self.low, self.high, strength)
+
+
+def _clipped_along(
+    wide: mx.array, unit: mx.array, low: float | None, high: float | None, strength: float | mx.array
+) -> mx.array:
+    along = mx.sum(wide * unit, axis=-1, keepdims=True)
+    return wide + strength * (mx.clip(along, low, high) - along) * unit
+
+
+@register("cap")
+@dataclass(frozen=True, eq=False, repr=False)
+class Cap(Intervention):
+    """Activation capping: act only where the projection on a direction passes a threshold.
+
+    With c = ⟨x, v̂⟩, ``x' = x − s·min(c − τ, 0)·v̂`` for ``side="below"``: tokens whose projection falls below τ are
+    brought up to it, the others stay; ``side="above"`` is the mirror image, ``x' = x − s·max(c − τ, 0)·v̂``. It is
+    ``clamp(low=τ, along=v)`` or ``clamp(high=τ, along=v)`` under the name by which it is known: a cap on drift away
+    from a persona, with τ a low percentile of the projections in ordinary traffic. Lu et al. 2026, The Assistant Axis,
+    arXiv 2601.10387.
+
+    Args:
+        direction: v, (D,); its length doesn't matter.
+        threshold: τ, of the projection on v̂.
+        side: the side of the threshold that is not allowed.
+        strength: s.
+    """
+
+    direction: Any
+    threshold: float
+    side: Literal["below", "above"] = "below"
+    strength: Any = 1.0
+
+    def __post_init__(self) -> None:
+        if self.side not in ("below", "above"):
+            raise ValueError(f"cap: side is 'below' or 'above', not {self.side!r}.")
+        self._set(
+            direction=_one(self.direction, "cap: the direction"),
+            threshold=number(self.threshold, "cap: the threshold"),
+        )
+        self._cache["unit"] = _unit(self.direction, "cap: the direction")
+        super().__post_init__()
+
+    def formula(self, x: mx.array, strength: float | mx.array, where: Where) -> mx.array:
+        low, high = (self.threshold, None) if self.side == "below" else (None, self.threshold)
+        return _clipped_along(x.astype(mx.float32), self._cache["unit"], low, high, strength)
+
+
+@register("affine")
+@dataclass(frozen=True, eq=False, repr=False)
+class Affine(Intervention):
+    """An affine map of each feature by itself: ``x' = x + s·(ω⊙x + b − x)``.
+
+    What carries one set of activations over to another, feature by feature. Rodríguez et al. 2024, Linear-AcT, arXiv
+    2410.23054; Rodríguez et al. 2025, LinEAS, arXiv 2503.10679, which learns ω and b of all layers together.
+
+    Args:
+        scale: ω, (D,); at ``attn.heads`` (head_dim,) for every head, or (heads, head_dim).
+        shift: b, likewise.
+        strength: s.
+    """
+
+    scale: Any
+    shift: Any
+    strength: Any = 1.0
+    per_token: ClassVar[tuple[str, ...]] = ("scale", "shift")
+
+    def __post_init__(self) -> None:
+        self._set(scale=tensor(self.scale, "affine: the scale"), shift=tensor(self.shift, "affine: the shift"))
+        super().__post_init__()
+
+    def formula(self, x: mx.array, strength: float | mx.array, where: Where) -> mx.array:
+        wide = x.astype(mx.float32)
+        mapped = self.scale * wide + self.shift
+        return mapped if isinstance(strength, float) and strength == 1.0 else wide + strength * (mapped - wide)
+
+
+@register("rotate")
+@dataclass(frozen=True, eq=False, repr=False)
+class Rotate(Intervention):
+    """Angular steering: turn x within a plane, keeping its norm and what lies outside the plane.
+
+    The plane is that of two directions: b₁ is the unit vector of the first, b₂ that of the second without its part
+    along b₁, and Px the part of x in the plane, at the angle φ from b₁ towards b₂. Then
+    ``x' = x − Px + ‖Px‖·(cos φ'·b₁ + sin φ'·b₂)`` with ``φ' = φ + s·(θ − φ)``, the shorter way round: at strength 1
+    every token points to θ, whatever its angle was. 0° lies along the first direction, 180° against it. With
+    ``relative=True`` all tokens turn by the same angle, ``φ' = φ + s·θ``. Vu & Nguyen 2025, Angular Steering, arXiv
+    2510.26243, where b₁ is a mean difference and b₂ the first principal component of those of all layers; angles are
+    in degrees, as there.
+
+    Args:
+        direction: the first direction, (D,), of any length.
+        second: the second, (D,), not parallel to the first.
+        degrees: θ.
+        strength: s.
+        relative: turn by θ, not to θ.
+        adaptive: leave tokens with ⟨x, b₁⟩ ≤ 0 as they are (the paper's adaptive steering).
+    """
+
+    direction: Any
+    second: Any
+    degrees: float
+    strength: Any = 1.0
+    relative: bool = field(default=False, kw_only=True)
+    adaptive: bool = field(default=False, kw_only=True)
+
+    def __post_init__(self) -> None:
+        first, second = _one(self.direction, "rotate: the direction"), _one(self.second, "rotate: the second direction")
+        if first.shape != second.shape:
+            raise ValueError(f"rotate: the directions have widths {first.size} and {second.size}: give two of a width.")
+        self._set(direction=first, second=second, degrees=number(self.degrees, "rotate: degrees"))
+        one, two = (
+            np.array(_unit(v, f"rotate: the {name}direction"), np.float64)
+            for v, name in ((first, ""), (second, "second "))
+        )
+        one /= np.linalg.norm(one)
+        two -= (two @ one) * one
+        if np.linalg.norm(two) < 1e-6:
+            raise ValueError("rotate: the second direction is parallel to the first: a plane takes two directions.")
+        self._cache["plane"] = tuple(mx.array(v.astype(np.float32)) for v in (one, two / np.linalg.norm(two)))
+        super().__post_init__()
+
+    def formula(self, x: mx.array, strength: float | mx.array, where: Where) -> mx.array:
+        wide, (first, second), angle = x.astype(mx.float32), self._cache["plane"], math.radians(self.degrees)
+        one, two = (mx.sum(wide * axis, axis=-1, keepdims=True) for axis in (first, second))
+        length = mx.sqrt(mx.square(one) + mx.square(two))
+        present = mx.arctan2(two, one)
+        # the way to θ lies above −180° and is at most 180°
+        way = angle if self.relative else math.pi - mx.remainder(math.pi + present - angle, 2 * math.pi)
+        turned = present + strength * way
+        moved = wide + (length * mx.cos(turned) - one) * first + (length * mx.sin(turned) - two) * second
+        return mx.where(one > 0, moved, wide) if self.adaptive else moved
+
+
+@register("slerp")
+@dataclass(frozen=True, eq=False, repr=False)
+class Slerp(Intervention):
+    """Spherical steering: turn x towards a direction along the great circle, keeping its norm.
+
+    With ω the angle between x and v, ``x' = ‖x‖·(sin((1 − s)ω)·x̂ + sin(sω)·v̂)/sin ω``, the spherical linear
+    interpolation of x̂ and v̂. It goes the share s of the way: at 1 nothing is left of x but its norm, so useful
+    strengths lie well below; a negative s turns away from v, by sω. Where x is opposite to v, all ways are equally
+    short, and a fixed one is taken. You, Deng & Chen 2026, Spherical Steering, arXiv 2602.08169, without its gate.
+
+    `rotate` turns all tokens in one plane, and leaves what lies outside it; `slerp` turns each token in the plane of
+    that token and v.
+
+    Args:
+        direction: v, (D,), of any length.
+        strength: s.
+    """
+
+    direction: Any
+    strength: Any = 1.0
+
+    def __post_init__(self) -> None:
+        self._set(direction=_one(self.direction, "slerp: the direction"))
+        if self.direction.size < 2:
+            raise ValueError("slerp: the direction has one feature, and nothing can be turned in one dimension.")
+        unit = _unit(self.direction, "slerp: the direction")
+        least = mx.argmin(mx.abs(unit))
+        self._cache["unit"] = unit
+        self._cache["way"] = _unit((mx.arange(unit.size) == least) - unit[least] * unit, "slerp: the way")
+        super().__post_init__()
+
+    def formula(self, x: mx.array, strength: float | mx.array, where: Where) -> mx.array:
+        wide, unit = x.astype(mx.float32), self._cache["unit"]
         along = mx.sum(wide * unit, axis=-1, keepdims=True)
-        return wide + strength * (mx.clip(along, self.low, self.high) - along) * unit
+        rest = wide - along * unit
+        # once more: near v and −v the first remainder is mostly rounding, and not at right angles to v
+        rest = rest - mx.sum(rest * unit, axis=-1, keepdims=True) * unit
+        across = mx.linalg.norm(rest, axis=-1, keepdims=True)
+        length = mx.sqrt(mx.square(along) + mx.square(across))
+        lost = across <= 1e-6 * length
+        way = mx.where(lost, self._cache["way"], rest / mx.where(lost, 1.0, across))
+        turned = (1 - strength) * mx.arctan2(across, along)
+        return length * (mx.cos(turned) * unit + mx.sin(turned) * way)
 
 
 @register("noise")
@@ -365,4 +546,8 @@ zero_out = ZeroOut
 replace_with = ReplaceWith
 scale = Scale
 clamp = Clamp
+cap = Cap
+affine = Affine
+rotate = Rotate
+slerp = Slerp
 noise = Noise

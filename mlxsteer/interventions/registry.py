@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import mlx.core as mx
 
 from mlxsteer.interventions.base import Compose, Intervention
+from mlxsteer.interventions.schedules import SAVED, Schedule
 from mlxsteer.positions import Position, after
 
 ENTRY_POINTS = "mlxsteer.interventions"
@@ -104,7 +105,13 @@ def describe(name: str) -> str:
         str(p).split(":")[0] + (f"={p.default!r}" if p.default is not p.empty else "")
         for p in inspect.signature(cls).parameters.values()
     )
-    return f"{name}({arguments})\n\n{inspect.getdoc(cls)}"
+    return f"{name}({arguments})\n\n{inspect.getdoc(cls)}\n\n{_COMMON}"
+
+
+_COMMON = """Every intervention takes:
+    at: which tokens: "all", "prompt", "generated", "last", "first", after(text), an int, list, slice or callable.
+    schedule: a factor on the strength over generated tokens: decay(half_life), ramp(tokens), window(start, stop), or a
+        function."""
 
 
 # -- data ----------------------------------------------------------------------------------------------------------
@@ -123,12 +130,16 @@ def encode(value: Any, tensors: dict[str, mx.array], path: str = "") -> Any:
                 "(see interventions.register)."
             )
         own = {f.name: getattr(value, f.name) for f in fields(value) if f.init}
+        if own.get("schedule") is None:  # left out, so that files and fingerprints from before schedules stay good
+            own.pop("schedule", None)
         return {
             "intervention": value.name,
             "parameters": {k: encode(v, tensors, f"{path}{k}") for k, v in own.items()},
         }
     if isinstance(value, Position):
         return _position(value)
+    if isinstance(value, Schedule):
+        return _schedule(value)
     if isinstance(value, mx.array):
         tensors[path] = value
         return {"tensor": path}
@@ -148,6 +159,13 @@ def _position(position: Position) -> Any:
     return {position.kind: value if isinstance(value, str) else list(value)}
 
 
+def _schedule(schedule: Schedule) -> Any:
+    name = type(schedule).__name__
+    if SAVED.get(name) is not type(schedule):
+        raise ValueError("an intervention whose schedule= is a function can't be saved; use decay, ramp or window.")
+    return {"schedule": name, "values": [getattr(schedule, f.name) for f in fields(schedule) if f.init]}
+
+
 def decode(value: Any, tensors: dict[str, mx.array]) -> Any:
     """What `encode` made data of."""
     if isinstance(value, dict):
@@ -161,6 +179,8 @@ def decode(value: Any, tensors: dict[str, mx.array]) -> Any:
             if not isinstance(text, str) and not all(isinstance(t, int) for t in text):
                 raise ValueError(f"unknown data {value!r} in an intervention.")
             return after(text if isinstance(text, str) else tuple(text))
+        if "schedule" in value:
+            return SAVED[value["schedule"]](*value["values"])
         if "slice" in value:
             return slice(*value["slice"])
         if "ints" in value:

@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from mlxsteer.continuation import Continuation, Score
+from mlxsteer.continuation import Continuation, Score, check_touched
 from mlxsteer.interventions.base import Compose, Intervention
 from mlxsteer.model import InterpretableModel
 from mlxsteer.positions import Position
+from mlxsteer.questions import check_count
 from mlxsteer.reading import Text, encode_text, single_batches
 from mlxsteer.sites import Site
 from mlxsteer.steering import Steering
@@ -80,12 +81,16 @@ class Reference:
     ) -> None:
         if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 0:
             raise ValueError(f"tokens is how many tokens to add, 0 or more, not {tokens!r}.")
+        check_count(batch_tokens, "batch_tokens", 1)
         self.model, self.plain = model, plain
         positions = list(at) if isinstance(at, list) and at and isinstance(at[0], Position) else [Position.of(at)]
         self.texts = continued(model, prompts, tokens, chat=chat)
         self.passes = []
         for texts, needed in _batches(model, self.texts, batch_tokens // variants, whole=not tokens):
             self.passes.append(Continuation(model, texts, needed, positions, plain=plain))
+        whole = [(text, range(len(text.tokens) - 1)) for text in self.texts if len(text.tokens) > 1]
+        if whole:
+            check_touched(model, whole, positions, at)
         if not self.passes:
             raise ValueError("prompts of one token each hold no token to measure: ask for some with tokens=.")
 
@@ -137,6 +142,9 @@ def edits_of(
 ) -> list[tuple[Site, Intervention]]:
     """A key dict as (site, intervention), all strengths multiplied by `strength`."""
     edits = Steering.of(model._sites, interventions).edits
+    for site, edit in edits:
+        if any(part.strengths is not None for part in edit.parts()):
+            raise ValueError(f"{site.key}: measures take one strength for all texts, not one per row of a batch.")
     return [(site, edit if strength == 1.0 else Compose((edit,), strength)) for site, edit in edits]
 
 

@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from mlxsteer.continuation import Continuation, first_edited
+from mlxsteer.continuation import Continuation, check_touched, first_edited, shares
 from mlxsteer.interventions.base import Intervention
 from mlxsteer.measures.divergence import doses, edits_of, outside_blocks, positions_of
 from mlxsteer.model import InterpretableModel
 from mlxsteer.pairs import ContrastPair, checked
 from mlxsteer.positions import Position
-from mlxsteer.questions import Question, groups, of_pairs
+from mlxsteer.questions import Question, check_count, groups, of_pairs
 from mlxsteer.reading import as_chat
 from mlxsteer.sites import Site
 
@@ -53,11 +53,15 @@ class Preferences:
             raise ValueError(f"normalize is 'token' or None, not {normalize!r}.")
         self.model, self.plain = model, plain
         positions = list(at) if isinstance(at, list) and at and isinstance(at[0], Position) else [Position.of(at)]
+        check_count(batch_tokens, "batch_tokens", 1)
         chosen = [as_chat(pair) if chat else pair for pair in checked(pairs)]
         question = of_pairs(model, chosen, normalize)
         half = len(chosen)
         alone = not model._sites.family.batch
-        firsts = [first_edited(model, *one, positions) for one in zip(question.texts, question.needed, strict=True)]
+        texts_and_needs = list(zip(question.texts, question.needed, strict=True))
+        check_touched(model, texts_and_needs, positions, at)
+        shared = shares(model, plain=plain)
+        firsts = [first_edited(model, *one, positions) if shared else 0 for one in texts_and_needs]
         starts = np.cumsum([0, *map(len, question.needed)])
         self.count = half
         self._passes: list[tuple[Continuation, Question, list[int], Any]] = []
