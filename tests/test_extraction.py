@@ -334,7 +334,7 @@ def test_a_chat_pair_goes_through_the_template(pocket: InterpretableModel) -> No
     assert encode_side(pocket, talk, "positive")[1] == len(
         template([{"role": "user", "content": "Is it?"}], add_generation_prompt=True)
     )
-    with pytest.raises(ValueError, match="none to score"):
+    with pytest.raises(ValueError, match="only completions can be scored"):
         sweep(pocket, extract(pocket, [requests]), [requests], layers=[0])
     with pytest.raises(ValueError, match="these texts are all prompt"):
         extract(pocket, [requests], read="mean")

@@ -409,7 +409,7 @@ def test_bad_sweeps_are_refused_before_anything_runs(
         (ValueError, "layers are 'all'", {"layers": []}),
         (ValueError, "layers are 'all'", {"layers": "middle"}),
         (ValueError, "unit is 'raw' or 'residual'", {"unit": "sigma"}),
-        (ValueError, "residual norm", {"vector": SteeringVector({0: mx.ones(64)}), "layers": 0}),
+        (ValueError, "needs the layers' norms", {"vector": SteeringVector({0: mx.ones(64)}), "layers": 0}),
         (ValueError, "another model's", {"vector": SteeringVector({0: mx.ones(32)}), "layers": 0}),
         (TypeError, "a SteeringVector or a dict", {"vector": 3}),
         (ValueError, "max_tokens is a number from 1 on, not 0", {"max_tokens": 0}),
