@@ -41,6 +41,14 @@ class Contrast:
 
 
 def of_pairs(model: InterpretableModel, pairs: Iterable[ContrastPair], chat: bool, read: Read) -> Contrast:
+    """Both sides of contrast pairs, of the ``"train"`` split where there are splits, positives first.
+
+    Raises:
+        ValueError: there are no pairs, or a completion that is to be read is empty.
+
+    Warns:
+        UserWarning: pairs without a split are left out, beside others that are in ``"train"``.
+    """
     given = checked(pairs)
     chosen = in_split(given, "train")
     check_completions(read, given, chosen)

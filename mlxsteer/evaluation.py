@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
@@ -18,7 +17,7 @@ from rich.table import Table
 
 from mlxsteer import datasets
 from mlxsteer.generation import Generation
-from mlxsteer.interventions.files import write_whole
+from mlxsteer.interventions.files import as_json, write_whole
 from mlxsteer.interventions.operators import AddVector
 from mlxsteer.measures.divergence import (
     Divergence,
@@ -184,10 +183,7 @@ class Evaluation:
             "over_instruction": asdict(self.over_instruction) if self.over_instruction else None,
             "retention": self.retention, "accuracy": self.accuracy, "warnings": self.warnings, "record": self.record,
         }  # fmt: skip
-        text = json.dumps(_finite(data), indent=1)
-        if path is not None:
-            write_whole(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
-        return text
+        return as_json(data, path)
 
     def to_html(self, path: str | Path) -> Path:
         """One page with the measures, the pictures, some texts and the record; it needs no other file.
@@ -213,15 +209,6 @@ class Evaluation:
         from mlxsteer.plots import plot_evaluation
 
         return plot_evaluation(self, path)
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity."""
-    if isinstance(value, dict):
-        return {str(k): _finite(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
 def evaluate(

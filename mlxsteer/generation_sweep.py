@@ -28,7 +28,7 @@ from rich.text import Text
 from mlxsteer.decoding import Decoder, Job
 from mlxsteer.generation import Generation
 from mlxsteer.interventions.base import number
-from mlxsteer.interventions.files import write_whole
+from mlxsteer.interventions.files import as_json
 from mlxsteer.model import InterpretableModel
 from mlxsteer.positions import At
 from mlxsteer.progress import Step, reporting
@@ -140,14 +140,11 @@ class GenerationSweep:
     def to_json(self, path: str | Path | None = None) -> str:
         """The sweep as JSON; with a path, also written there, whole or not at all."""
         texts = [[[list(map(_as_data, row)) for row in rows] for rows in layer] for layer in self.texts]
-        scored = None if self.scored is None else [None if np.isnan(s) else float(s) for s in self.scored.reshape(-1)]
+        scored = None if self.scored is None else self.scored.reshape(-1).tolist()
         data = {"unit": self.unit, "layers": self.layers, "strengths": self.strengths, "prompts": self.prompts,
                 "prompt_tokens": [self.texts[0, 0, k, 0].prompt_tokens for k in range(len(self.prompts))],
-                "texts": texts, "scored": scored, "record": dict(self.record)}  # fmt: skip
-        text = json.dumps(data, indent=1)
-        if path is not None:
-            write_whole(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
-        return text
+                "texts": texts, "scored": scored, "record": self.record}  # fmt: skip
+        return as_json(data, path)
 
     @classmethod
     def from_json(cls, path: str | Path) -> GenerationSweep:

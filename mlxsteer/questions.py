@@ -112,6 +112,11 @@ def _one_token(model: InterpretableModel, text: str) -> int:
 
 
 def question_of(model: InterpretableModel, asked: Any, metric: Metric, normalize: str | None, chat: bool) -> Question:
+    """What a sweep over pairs or prompts asks: `of_pairs` for pairs by their log-probabilities, else `of_prompts`.
+
+    Raises:
+        TypeError, ValueError: there is nothing to ask of, or the metric doesn't fit it.
+    """
     if normalize not in (None, "token"):
         raise ValueError(f"normalize is 'token' or None, not {normalize!r}.")
     if isinstance(asked, (str, Mapping)):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -18,7 +17,7 @@ from mlxsteer import datasets
 from mlxsteer.contrast import places
 from mlxsteer.extraction import extract, separation
 from mlxsteer.interventions.base import Intervention
-from mlxsteer.interventions.files import write_whole
+from mlxsteer.interventions.files import as_json
 from mlxsteer.measures.divergence import Divergence, Reference, listed
 from mlxsteer.measures.effect import Steerability, rank_correlation, steerability
 from mlxsteer.measures.nulls import null_p_value, random_like
@@ -201,10 +200,7 @@ class Choice:
             "rank_correlation": self.rank_correlation, "warnings": list(self.warnings), "record": self.record,
             "block_tokens": self.block_tokens,
         }  # fmt: skip
-        text = json.dumps(_without_nan(data), indent=1)
-        if path is not None:
-            write_whole(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
-        return text
+        return as_json(data, path)
 
     def plot(self, path: str | Path | None = None) -> Any:
         """The candidates' effects, and the dose–response against the nulls; a matplotlib figure.
@@ -215,15 +211,6 @@ class Choice:
         from mlxsteer.plots import plot_choice
 
         return plot_choice(self, path)
-
-
-def _without_nan(value: Any) -> Any:
-    """JSON has no NaN."""
-    if isinstance(value, dict):
-        return {str(k): _without_nan(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_nan(v) for v in value]
-    return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
 def select(

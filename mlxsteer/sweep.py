@@ -22,7 +22,7 @@ from mlxsteer.continuation import Continuation, Score, check_touched, first_edit
 from mlxsteer.hooks import residents, surrounding
 from mlxsteer.interventions import create
 from mlxsteer.interventions.base import Intervention, number
-from mlxsteer.interventions.files import write_whole
+from mlxsteer.interventions.files import as_json
 from mlxsteer.interventions.registry import registered
 from mlxsteer.model import InterpretableModel
 from mlxsteer.positions import At, Position, after
@@ -122,13 +122,9 @@ class Sweep:
 
     def to_json(self, path: str | Path | None = None) -> str:
         """The sweep as JSON; with a path, also written there, whole or not at all."""
-        effect = [[[None if np.isnan(x) else float(x) for x in row] for row in rows] for rows in self.effect]
         data = {"metric": self.metric, "unit": self.unit, "layers": self.layers, "strengths": self.strengths,
-                "effect": effect, "record": dict(self.record)}  # fmt: skip
-        text = json.dumps(data, indent=1)
-        if path is not None:
-            write_whole(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
-        return text
+                "effect": self.effect.tolist(), "record": self.record}  # fmt: skip
+        return as_json(data, path)
 
     @classmethod
     def from_json(cls, path: str | Path) -> Sweep:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import secrets
 from collections.abc import Callable, Mapping
@@ -41,6 +42,22 @@ def write_whole(path: str | Path, write: Callable[[str], Any]) -> Path:
             raise OSError(f"{target} can't be written: {error}") from error
         raise
     return target
+
+
+def as_json(data: Any, path: str | Path | None = None) -> str:
+    """Data as JSON, with null for NaN and infinity, which JSON doesn't have; with a path, also written there, whole."""
+    text = json.dumps(_finite(data), indent=1)
+    if path is not None:
+        write_whole(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+    return text
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_tensors(path: str | Path, format_name: str, version: int) -> tuple[dict[str, mx.array], dict[str, Any]]:

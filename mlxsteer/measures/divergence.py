@@ -83,7 +83,7 @@ class Reference:
             raise ValueError(f"tokens is how many tokens to add, 0 or more, not {tokens!r}.")
         check_count(batch_tokens, "batch_tokens", 1)
         self.model, self.plain = model, plain
-        positions = list(at) if isinstance(at, list) and at and isinstance(at[0], Position) else [Position.of(at)]
+        positions = several_positions(at)
         self.texts = continued(model, prompts, tokens, chat=chat)
         self.passes = []
         for texts, needed in _batches(model, self.texts, batch_tokens // variants, whole=not tokens):
@@ -146,6 +146,11 @@ def edits_of(
         if any(part.strengths is not None for part in edit.parts()):
             raise ValueError(f"{site.key}: measures take one strength for all texts, not one per row of a batch.")
     return [(site, edit if strength == 1.0 else Compose((edit,), strength)) for site, edit in edits]
+
+
+def several_positions(at: Any) -> list[Position]:
+    """One choice of tokens as written, or several that are positions already, as a list of positions."""
+    return list(at) if isinstance(at, list) and at and isinstance(at[0], Position) else [Position.of(at)]
 
 
 def positions_of(edits: Iterable[tuple[Site, Intervention]]) -> list[Position]:

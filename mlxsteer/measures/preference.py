@@ -9,10 +9,9 @@ import numpy as np
 
 from mlxsteer.continuation import Continuation, check_touched, first_edited, shares
 from mlxsteer.interventions.base import Intervention
-from mlxsteer.measures.divergence import doses, edits_of, outside_blocks, positions_of
+from mlxsteer.measures.divergence import doses, edits_of, outside_blocks, positions_of, several_positions
 from mlxsteer.model import InterpretableModel
 from mlxsteer.pairs import ContrastPair, checked
-from mlxsteer.positions import Position
 from mlxsteer.questions import Question, check_count, groups, of_pairs
 from mlxsteer.reading import as_chat
 from mlxsteer.sites import Site
@@ -52,7 +51,7 @@ class Preferences:
         if normalize not in (None, "token"):
             raise ValueError(f"normalize is 'token' or None, not {normalize!r}.")
         self.model, self.plain = model, plain
-        positions = list(at) if isinstance(at, list) and at and isinstance(at[0], Position) else [Position.of(at)]
+        positions = several_positions(at)
         check_count(batch_tokens, "batch_tokens", 1)
         chosen = [as_chat(pair) if chat else pair for pair in checked(pairs)]
         question = of_pairs(model, chosen, normalize)
