@@ -8,6 +8,7 @@ somebody looks at.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, TypeAlias
@@ -23,6 +24,7 @@ from mlxsteer.lens import through_head
 from mlxsteer.model import InterpretableModel
 from mlxsteer.plans import Plan, Stopped
 from mlxsteer.positions import Position, Prompt, Tokens
+from mlxsteer.questions import Question
 from mlxsteer.reading import Text
 from mlxsteer.sites import Site
 
@@ -205,6 +207,42 @@ def first_edited(model: InterpretableModel, text: Text, needed: range, position:
     for one in [position] if isinstance(position, Position) else position:
         first = min([first, *map(int, np.flatnonzero(tokens.marks(0, one))[:1])])
     return first
+
+
+def passes_over(
+    model: InterpretableModel,
+    question: Question,
+    members: Sequence[int],
+    position: Position | Sequence[Position],
+    *,
+    plain: bool = False,
+) -> list[tuple[Continuation, list[int], Score]]:
+    """Clean passes over some texts of a question, each with the numbers of its texts and what scores its logits.
+
+    One for all of them; one for each in families whose rows differ in a batch.
+
+    Args:
+        model: the model.
+        question: the question.
+        members: the numbers of the texts; of pairs all positives, then their partners.
+        position, plain: as of a `Continuation`.
+    """
+    alone = not model._sites.family.batch
+    starts = np.cumsum([0, *map(len, question.needed)])
+    passes: list[tuple[Continuation, list[int], Score]] = []
+    for rows in [[i] for i in members] if alone else [list(members)]:
+        texts, needed = [question.texts[i] for i in rows], [question.needed[i] for i in rows]
+        one = Continuation(model, texts, needed, position, plain=plain, pairs=question.pairs and not alone)
+        numbers = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in rows])
+        passes.append((one, rows, functools.partial(_scored, question, numbers)))
+    return passes
+
+
+def _scored(
+    question: Question, numbers: np.ndarray[Any, Any], logits: mx.array, positions: np.ndarray[Any, Any]
+) -> mx.array:
+    """Scores of some of a question's positions, which a pass counts from 0."""
+    return question.score(logits, numbers[positions])
 
 
 def shares(model: InterpretableModel, *, plain: bool = False) -> bool:

@@ -18,7 +18,7 @@ from mlx.utils import tree_flatten
 from rich.console import Console
 from rich.table import Table
 
-from mlxsteer.continuation import Continuation, Score, check_touched, first_edited, shares
+from mlxsteer.continuation import check_touched, first_edited, passes_over, shares
 from mlxsteer.hooks import residents, surrounding
 from mlxsteer.interventions import create
 from mlxsteer.interventions.base import Intervention, number
@@ -382,20 +382,13 @@ def _sweep_group(
     """Fill in the effect on some prompts, at every layer and strength."""
     half = len(question.texts) // 2
     members = [*group, *(i + half for i in group)] if question.pairs else group
-    starts = np.cumsum([0, *map(len, question.needed)])
     part = Question([question.texts[i] for i in members], [question.needed[i] for i in members], question.pairs,
                     question.metric, question.score)  # fmt: skip
-    # A family whose rows differ in a batch runs a side at a time: no batch at all.
-    alone = not model._sites.family.batch
-    passes: list[tuple[Continuation, int, Score]] = []
-    for rows in [[i] for i in members] if alone else [members]:
-        texts, needed = [question.texts[i] for i in rows], [question.needed[i] for i in rows]
-        numbers = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in rows])
-        one = Continuation(model, texts, needed, position, pairs=part.pairs and not alone)
-        passes.append((one, len(rows), functools.partial(_scored, question, numbers)))
+    passes = passes_over(model, question, members, position)
     clean = part.effect(np.concatenate([one.clean(score) for one, _, score in passes])[None])[0]
     width = max(one.width for one, _, _ in passes)
-    copies = 1 if alone else max(1, batch_tokens // (len(members) * width))
+    # A family whose rows differ in a batch takes a strength at a time, too.
+    copies = max(1, batch_tokens // (len(members) * width)) if model._sites.family.batch else 1
     for i, layer in enumerate(made.layers):
         site = model._sites.resolve(made.record["site"].replace("{layer}", str(layer)))
         for j, strength in enumerate(made.strengths):
@@ -404,18 +397,11 @@ def _sweep_group(
         for begin in range(0, len(moving), copies):
             some = moving[begin : begin + copies]
             found = []
-            for one, count, score in passes:
-                each = [made.strengths[j] for j in some for _ in range(count)]
+            for one, rows, score in passes:
+                each = [made.strengths[j] for j in some for _ in rows]
                 found.append(one.edited([(site, make(layer, each))], len(some), score))
             made.effect[np.ix_([i], some, group)] = part.effect(np.concatenate(found, axis=1))[None]
         step(i + 1)
-
-
-def _scored(
-    question: Question, numbers: np.ndarray[Any, Any], logits: mx.array, positions: np.ndarray[Any, Any]
-) -> mx.array:
-    """Scores of some of a question's positions, which a pass counts from 0."""
-    return question.score(logits, numbers[positions])
 
 
 def _record(

@@ -255,7 +255,7 @@ def test_bad_sweeps_are_refused_before_anything_runs(
     pocket: InterpretableModel, sentiment: tuple[SteeringVector, list[ContrastPair]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     vector, pairs = sentiment
-    monkeypatch.setattr(sys.modules["mlxsteer.sweep"], "Continuation", lambda *_, **__: pytest.fail("it ran"))
+    monkeypatch.setattr(sys.modules["mlxsteer.continuation"], "Continuation", lambda *_, **__: pytest.fail("it ran"))
     refused: list[tuple[type[Exception], str, dict[str, Any]]] = [
         (ValueError, "at least one contrast pair", {"pairs": []}),
         (TypeError, "one prompt is", {"pairs": "The food was"}),

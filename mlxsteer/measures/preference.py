@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from mlxsteer.continuation import Continuation, check_touched, first_edited, shares
+from mlxsteer.continuation import check_touched, first_edited, passes_over, shares
 from mlxsteer.interventions.base import Intervention
 from mlxsteer.measures.divergence import doses, edits_of, outside_blocks, positions_of, several_positions
 from mlxsteer.model import InterpretableModel
 from mlxsteer.pairs import ContrastPair, checked
-from mlxsteer.questions import Question, check_count, groups, of_pairs
+from mlxsteer.questions import check_count, groups, of_pairs
 from mlxsteer.reading import as_chat
 from mlxsteer.sites import Site
 
@@ -61,16 +61,12 @@ class Preferences:
         check_touched(model, texts_and_needs, positions, at)
         shared = shares(model, plain=plain)
         firsts = [first_edited(model, *one, positions) if shared else 0 for one in texts_and_needs]
-        starts = np.cumsum([0, *map(len, question.needed)])
-        self.count = half
-        self._passes: list[tuple[Continuation, Question, list[int], Any]] = []
-        for group in groups(question, firsts, variants, batch_tokens, alone=alone):
-            members = [*group, *(i + half for i in group)]
-            for rows in [[i] for i in members] if alone else [members]:
-                texts, needed = [question.texts[i] for i in rows], [question.needed[i] for i in rows]
-                one = Continuation(model, texts, needed, positions, plain=plain, pairs=not alone)
-                numbers = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in rows])
-                self._passes.append((one, question, rows, numbers))
+        self.count, self.question = half, question
+        self._passes = [
+            each
+            for group in groups(question, firsts, variants, batch_tokens, alone=alone)
+            for each in passes_over(model, question, [*group, *(i + half for i in group)], positions, plain=plain)
+        ]
         self.base = self._collected(None, [1.0])[0]
 
     @property
@@ -102,13 +98,9 @@ class Preferences:
         self, make: Callable[[list[float]], Sequence[tuple[Site, Intervention]]] | None, strengths: Sequence[float]
     ) -> np.ndarray[Any, Any]:
         sums = np.zeros((len(strengths), 2 * self.count))
-        for one, question, rows, numbers in self._passes:
-
-            def score(logits: Any, positions: Any, question: Any = question, numbers: Any = numbers) -> Any:
-                return question.score(logits, numbers[positions])
-
+        for one, rows, score in self._passes:
             scores = one.clean(score)[None] if make is None else doses(self.model, one, make, strengths, score)
-            ends = np.cumsum([len(question.needed[i]) for i in rows])[:-1]
+            ends = np.cumsum([len(self.question.needed[i]) for i in rows])[:-1]
             for i, part in zip(rows, np.split(scores, ends, axis=1), strict=True):
                 sums[:, i] = part.sum(axis=1)
         effect: np.ndarray[Any, Any] = sums[:, : self.count] - sums[:, self.count :]
