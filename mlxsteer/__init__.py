@@ -1,8 +1,10 @@
 """mlxsteer: read, steer and measure language models on MLX."""
 
 from mlxsteer import datasets, directions, interventions, measures
+from mlxsteer.caches import cache_history, fill_prompt_cache, load_prompt_cache, save_prompt_cache
 from mlxsteer.evaluation import Evaluation, evaluate
 from mlxsteer.extraction import estimate, extract, separation
+from mlxsteer.gating import GateFit, fit_gate
 from mlxsteer.generation import Generation, NothingTouched
 from mlxsteer.generation_sweep import GenerationSweep, generation_sweep
 from mlxsteer.model import ContextLengthWarning, InterpretableModel
@@ -15,7 +17,7 @@ from mlxsteer.recommended import Recommendation, recommended
 from mlxsteer.refusal import RefusalDirection, select_refusal_direction
 from mlxsteer.selection import Choice, select
 from mlxsteer.sites import UnknownKey, UnsupportedModel
-from mlxsteer.steering import SteeredCacheError
+from mlxsteer.steering import PartlySteered, SteeredCacheError
 from mlxsteer.strength import Strength, strength_for
 from mlxsteer.sweep import Sweep, sweep
 from mlxsteer.trace import LostWrite, Trace
@@ -27,6 +29,7 @@ __all__ = [
     "ContextLengthWarning",
     "ContrastPair",
     "Evaluation",
+    "GateFit",
     "Generation",
     "GenerationSweep",
     "InterpretableModel",
@@ -34,6 +37,7 @@ __all__ = [
     "NeverFired",
     "NothingTouched",
     "PairSet",
+    "PartlySteered",
     "PositionError",
     "Recommendation",
     "RefusalDirection",
@@ -47,16 +51,21 @@ __all__ = [
     "VectorMismatchWarning",
     "activations",
     "after",
+    "cache_history",
     "datasets",
     "directions",
     "estimate",
     "evaluate",
     "extract",
+    "fill_prompt_cache",
+    "fit_gate",
     "generation_sweep",
     "interventions",
+    "load_prompt_cache",
     "mean_activations",
     "measures",
     "recommended",
+    "save_prompt_cache",
     "select",
     "select_refusal_direction",
     "separation",

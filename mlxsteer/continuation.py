@@ -109,19 +109,20 @@ class Continuation:
             ValueError: an edit lies outside the blocks, or touches a token that ran once, before any edit.
         """
         self._check(edits)
-        later, replay = list(edits), {}
+        later, replay, tokens = list(edits), {}, self._tokens(copies)
+        tokens.inputs = self._ids(copies, None, self.start, self.width)
         layers = [site.layer for site, _ in edits if site.layer is not None]
         if self.replays and layers:
             lowest = min(layers)
             replay = {block: tiled(self.whole[block], copies) for block in self.blocks[:lowest]}
             block = self.blocks[lowest]
             if all(site == block for site, _ in edits if site.layer == lowest):
-                whole, where = tiled(self.whole[block], copies), Where(self._tokens(copies), block.key, lowest)
+                whole, where = tiled(self.whole[block], copies), Where(tokens, block.key, lowest)
                 for site, intervention in edits:
                     if site == block:
                         whole = with_activation(whole, intervention(activation(whole, site), where))
                 replay[block], later = whole, [(site, edit) for site, edit in edits if site != block]
-        return self._scores(self._forward(self._plan(replay, later, copies, ()), copies), copies, score)
+        return self._scores(self._forward(self._plan(replay, later, copies, (), tokens), copies), copies, score)
 
     def divergences(self, edits: Sequence[tuple[Site, Intervention]], copies: int) -> np.ndarray[Any, Any]:
         """``KL(clean ‖ edited)`` in nats of the next-token distributions, (copies, needed positions); see `edited`."""
@@ -156,19 +157,30 @@ class Continuation:
         lengths = [min(len(row) - start, width) for row in self.rows[:rows]] * copies
         return Tokens([start] * len(lengths), lengths, width, self.prompts[:rows] * copies)
 
-    def _plan(self, replay: Mapping[Site, Any], edits: Sequence[Any], copies: int, capture: Sequence[Site]) -> Plan:
+    def _plan(
+        self,
+        replay: Mapping[Site, Any],
+        edits: Sequence[Any],
+        copies: int,
+        capture: Sequence[Site],
+        tokens: Tokens | None = None,
+    ) -> Plan:
+        tokens = self._tokens(copies) if tokens is None else tokens
         if self.plain:
-            return Plan(self.sites, capture, edits, replay, self._tokens(copies))
+            return Plan(self.sites, capture, edits, replay, tokens)
         wanted = list(dict.fromkeys([*capture, self.blocks[-1]]))
-        return Plan(self.sites, wanted, edits, replay, self._tokens(copies), stop=self.blocks[-1])
+        return Plan(self.sites, wanted, edits, replay, tokens, stop=self.blocks[-1])
+
+    def _ids(self, copies: int, rows: int | None, start: int, width: int) -> mx.array:
+        pieces = [row[start : start + width] for row in self.rows[:rows]]
+        return mx.tile(mx.array([[*piece, *[0] * (width - len(piece))] for piece in pieces]), (copies, 1))
 
     def _run(self, plan: Plan, copies: int, cache: Any, rows: int | None, start: int, width: int) -> mx.array | None:
-        pieces = [row[start : start + width] for row in self.rows[:rows]]
-        ids = mx.array([[*piece, *[0] * (width - len(piece))] for piece in pieces])
+        ids = self._ids(copies, rows, start, width)
         output = None
         with attached(plan), suppress(Stopped):
-            output = self.model.model(mx.tile(ids, (copies, 1)), cache=cache)
-        self.block_tokens += copies * ids.size * (len(self.blocks) - len(plan.replay))
+            output = self.model.model(ids, cache=cache)
+        self.block_tokens += ids.size * (len(self.blocks) - len(plan.replay))
         plan.check_fired()
         return output
 

@@ -17,11 +17,12 @@ from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p
 from mlxsteer.forks import forkable, forked
 from mlxsteer.generation import Generation, _text, _touched
 from mlxsteer.hooks import active, attached
+from mlxsteer.interventions.gates import looks_back
 from mlxsteer.model import InterpretableModel
 from mlxsteer.plans import Plan
 from mlxsteer.positions import Position, PositionError, Prompt
 from mlxsteer.reading import SHORTEST_SHARED
-from mlxsteer.steering import Row, Steering, SteeringState, carrier, ride
+from mlxsteer.steering import Row, Steering, SteeringState, carrier, ride, state_of
 
 PREFILL_TOKENS = 16384
 """Prompts are prefilled together up to about so many tokens at a time, as mlx-lm does by default (8 × 2048)."""
@@ -116,6 +117,8 @@ class Decoder:
         self.forks = forkable(cache) and len({id(entry) for entry in cache}) == len(cache)
         self.batches = self.sites.family.batch and all(hasattr(entry, "merge") for entry in cache)
         positions = {at for steering in steerings for at in steering.positions()}
+        if any(looks_back(edit) for steering in steerings for _, edit in steering.edits):
+            positions.add(Position.of("all"))  # spans and means see what isn't edited, too
         self.clean = [self._clean(number, prompt, positions) for number, prompt in enumerate(self.prompts)]
         # What rows that come one after the other go on from: the newest prompt's beginning, and a steering's on it.
         self._begun: dict[str, tuple[Any, list[Any]]] = {}
@@ -142,7 +145,7 @@ class Decoder:
         logprobs = None
         if self.options["logprobs"]:
             logprobs = mx.stack(job.logprobs) if job.logprobs else mx.zeros((0,))
-        touched = _touched(steerings, prompt, len(job.tokens), self.tokenizer)
+        touched = _touched(self.sites, steerings, prompt, job.tokens, self.tokenizer)
         text = _text(self.tokenizer, job.tokens)
         return job, Generation(text, job.tokens, prompt, job.reason, logprobs, touched)
 
@@ -248,5 +251,7 @@ class Decoder:
         """Make a cache of one row carry its steering and where it stands in its prompt, whole: positions need it."""
         steerings = (*self.around, steering) if steering is not None else self.around
         row = Row(steerings, seen=seen, prompt=self.prompts[prompt], told=True, begun=seen > 0)
+        if (state := state_of(cache)) is not None:  # what gates and spans remember of the tokens before
+            row.memory = state.rows[0].copy().memory
         ride(carrier(cache), SteeringState([row]))
         return cache

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -17,6 +17,7 @@ from rich.table import Table
 
 from mlxsteer import datasets
 from mlxsteer.generation import Generation
+from mlxsteer.interventions.base import Intervention
 from mlxsteer.interventions.files import as_json, write_whole
 from mlxsteer.interventions.operators import AddVector
 from mlxsteer.measures.divergence import (
@@ -34,10 +35,12 @@ from mlxsteer.measures.preference import Preferences
 from mlxsteer.measures.text import TextStatistics, text_statistics
 from mlxsteer.measures.uncertainty import Interval, bootstrap, generator, paired_difference
 from mlxsteer.model import InterpretableModel
-from mlxsteer.pairs import ContrastPair, PairSet, checked, counted
+from mlxsteer.pairs import PAIR_HASHES, ContrastPair, PairSet, checked, counted, pairs_seen
 from mlxsteer.progress import Step, reporting
 from mlxsteer.questions import check_count
 from mlxsteer.reading import as_chat
+from mlxsteer.sites import Site
+from mlxsteer.vectors import SteeringVector
 
 _NULLS = 20_242
 """Key of the nulls' draws, so that they are no one else's."""
@@ -103,6 +106,13 @@ class Evaluation:
             said.append(f"{self.curve.anti_steerable:.0%} of the pairs are moved the wrong way.")
         if self.record.get("split") not in (None, "report"):
             said.append(f"the pairs are of the split {self.record['split']}: layer or vector may come from them.")
+        if isinstance(seen := self.record.get("pairs_seen"), int) and seen:
+            said.append(
+                f"the vector was computed from {seen} of the {counted(len(self.base), 'pair')}: what it does on them "
+                "looks better than it is."
+            )
+        if without := self.record.get("no_nulls_for"):
+            said.append(f"what chance would do is unknown: {_without_nulls(without)}.")
         return said
 
     def __repr__(self) -> str:
@@ -125,6 +135,9 @@ class Evaluation:
                  f"mean shifts by {len(self.nulls)} of the same length"),
                 ("p", f"{self.p_value:.3f}", "of the shift against them, one-sided"),
             ]  # fmt: skip
+        else:
+            without = self.record.get("no_nulls_for")
+            rows.append(("random vectors", "none drawn", _without_nulls(without) if without else "none were asked for"))
         if self.instruction is not None:
             rows += [
                 ("instruction", str(self.instruction), "shift by the instruction in place of the steering"),
@@ -175,6 +188,7 @@ class Evaluation:
             "shift": asdict(self.shift), "base": self.base.tolist(), "steered": self.steered.tolist(),
             "mean_slope": asdict(self.curve.mean_slope), "anti_steerable": self.curve.anti_steerable,
             "multiples": self.curve.strengths.tolist(), "mean_curve": self.curve.mean_curve.tolist(),
+            "changes": [asdict(one) for one in self.curve.changes()],
             "divergence": asdict(self.divergence), "perplexity_ratio": self.perplexity_ratio,
             "own_text": asdict(self.own_text), "steered_text": asdict(self.steered_text),
             "samples": [list(sample) for sample in self.samples], "nulls": list(self.nulls),
@@ -211,11 +225,18 @@ class Evaluation:
         return plot_evaluation(self, path)
 
 
+def _without_nulls(places: Mapping[str, str]) -> str:
+    """Why there are no random vectors, in words."""
+    told = ", ".join(f"{key} ({name})" for key, name in places.items())
+    return f"random vectors stand in for add_vector alone, and something else is done at {told}"
+
+
 def evaluate(
     model: InterpretableModel,
     interventions: Mapping[str, Any],
     pairs: Iterable[ContrastPair],
     *,
+    vector: SteeringVector | None = None,
     neutral: Iterable[Any] | None = None,
     questions: Iterable[ContrastPair] | None = None,
     instruction: str | None = None,
@@ -233,11 +254,14 @@ def evaluate(
         model: the model.
         interventions: a key dict, such as ``vector.at(5, 2.0)`` or ``choice.interventions``.
         pairs: contrast pairs that nothing was chosen on; of a set with a ``"report"`` split those are used, else all.
+        vector: the vector that the interventions are made of, which may say what pairs it was computed from: how many
+            of these it has seen is told in the warnings. A choice's interventions know it without.
         neutral: prompts to measure side effects on; `datasets.neutral` for the model unless given.
         questions: two-option pairs whose positive side is the right answer, for what the steering costs in capability.
-        instruction: a sentence that asks for the behaviour, to hold the steering against: put before each prompt, or
-            as a system message before a chat.
-        nulls: random vectors of the same lengths to hold it against, where vectors are added.
+        instruction: a sentence that asks for the behaviour, to hold the steering against: put before each prompt; in
+            a chat a system message, or joined to the one that is there.
+        nulls: random vectors of the same lengths to hold it against; where anything else is done than adding one
+            vector at each place, none are drawn, and the table and the warnings say so.
         tokens: of the unsteered model's continuation of each neutral prompt, for the KL.
         max_tokens: of the texts that are generated from the neutral prompts, sampled at temperature 1.
         chat: prompts are a user's messages.
@@ -249,11 +273,13 @@ def evaluate(
         An `Evaluation`.
 
     Raises:
-        TypeError: no key dict, or no pairs.
+        TypeError: no key dict, no pairs, or no vector.
         ValueError: there are no pairs or prompts.
         UnknownKey: a key names no place.
     """
     edits = edits_of(model, interventions)
+    if vector is not None and not isinstance(vector, SteeringVector):
+        raise TypeError(f"vector is a SteeringVector, not {type(vector).__name__}.")
     check_count(nulls, "nulls", 0)
     check_count(max_tokens, "max_tokens", 1)
     if instruction is not None and not (isinstance(instruction, str) and instruction.strip()):
@@ -317,6 +343,8 @@ def evaluate(
             "lengths": {site.key: _length(edit) for site, edit in edits if isinstance(edit, AddVector)},
             "questions": None if asked_about is None else len(asked_about),
             "pairs": len(held_out),
+            "pairs_seen": _seen(edits, vector, held_out),
+            "no_nulls_for": (_not_additions(edits) or None) if nulls else None,
             "split": "report" if "report" in given.splits else ", ".join(given.splits) or None,
             "data": given.fingerprint,
             "neutral_prompts": len(prompts),
@@ -330,6 +358,24 @@ def evaluate(
             "mlx_lm": version("mlx-lm"),
         },
     )
+
+
+def _seen(
+    edits: Sequence[tuple[Site, Intervention]], vector: SteeringVector | None, pairs: Sequence[ContrastPair]
+) -> int | str:
+    """How many of some pairs the vector, or what the edits know of theirs, was computed from; or ``"unknown"``."""
+    told = [part._cache.get(PAIR_HASHES) for _, edit in edits for part in edit.parts()]
+    if vector is not None:
+        told = [vector.info.get(PAIR_HASHES)]
+    known = [hashes for hashes in told if isinstance(hashes, str)]
+    seen = pairs_seen(" ".join(known) if known else None, pairs)
+    return "unknown" if seen is None else seen
+
+
+def _not_additions(edits: Sequence[tuple[Site, Intervention]]) -> dict[str, str]:
+    """Key → what is done there, where it isn't adding one vector; what only reads does nothing."""
+    others = [(site.key, edit) for site, edit in edits if edit.parts() and not isinstance(edit, AddVector)]
+    return {key: edit.name or type(edit).__name__ for key, edit in others}
 
 
 def _length(edit: AddVector) -> float:
@@ -361,7 +407,7 @@ def _nulls(
 ) -> list[float]:
     """Mean shifts by random vectors of the same lengths; none where anything else than a vector is added."""
     edits = edits_of(model, interventions)
-    if not all(isinstance(edit, AddVector) for _, edit in edits):
+    if _not_additions(edits):
         return []
     found = []
     for draw in range(draws):
@@ -383,12 +429,21 @@ def _instructed(
     """The preferences of the pairs with the instruction before each prompt, unsteered."""
     asked = []
     for pair in (as_chat(pair) if chat else pair for pair in pairs):
-        if pair.messages:
-            told = replace(pair, messages=({"role": "system", "content": instruction}, *pair.messages))
-        elif pair.chat:
-            messages = ({"role": "system", "content": instruction}, {"role": "user", "content": pair.prompt})
-            told = replace(pair, prompt="", chat=False, messages=messages)
+        if pair.messages or pair.chat:
+            messages = pair.messages or ({"role": "user", "content": pair.prompt},)
+            told = replace(pair, prompt="", chat=False, messages=_told(messages, instruction))
         else:
             told = replace(pair, prompt=f"{instruction} {pair.prompt}".rstrip() if pair.prompt else instruction)
         asked.append(told)
     return Preferences(model, asked, batch_tokens=batch_tokens).base
+
+
+def _told(messages: Sequence[dict[str, str]], instruction: str) -> tuple[dict[str, str], ...]:
+    """A conversation with an instruction: behind what its system message says, or as one where there is none."""
+    said = [dict(message) for message in messages]
+    # Chat templates have room for one such message: of two, some drop one, and others refuse.
+    system = next((message for message in said if message["role"] in ("system", "developer")), None)
+    if system is None:
+        return ({"role": "system", "content": instruction}, *said)
+    system["content"] = f"{system['content'].rstrip()}\n\n{instruction}".lstrip()
+    return tuple(said)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any, TypeAlias
@@ -17,7 +17,7 @@ from mlxsteer.contrast import Contrast, contrast, places
 from mlxsteer.directions import Compute, Method, Readings, single
 from mlxsteer.model import InterpretableModel
 from mlxsteer.moments import Moments
-from mlxsteer.pairs import ContrastPair, check_seed, check_switch, checked
+from mlxsteer.pairs import ContrastPair, check_seed, check_switch, checked, in_split, pair_hashes
 from mlxsteer.progress import Step, reporting
 from mlxsteer.reading import (
     Batch,
@@ -163,6 +163,7 @@ class _Run:
         weights: how much each token of each text counts.
         batches: the batches of the sides.
         behind: the batches of the background.
+        seen: hashes of the pairs, to tell later whether a vector is tried on what it was computed from.
     """
 
     method: Method
@@ -174,6 +175,7 @@ class _Run:
     weights: list[np.ndarray[Any, Any]]
     batches: list[Batch]
     behind: list[Batch]
+    seen: dict[str, str]
 
     @property
     def background(self) -> int:
@@ -209,6 +211,7 @@ def _planned(
     chosen = directions.find(method)
     if chosen.compute is single:
         pairs = _one_pair(pairs, read)
+    pairs = list(pairs) if isinstance(pairs, Iterator) else pairs  # looked at twice
     sides = contrast(model, chosen, pairs, positive, negative, texts, labels, chat, read)
     if chosen.matched and sides.partners is None:
         raise ValueError(
@@ -217,12 +220,13 @@ def _planned(
     if chosen.background != (background is not None):
         need = "needs a background set: background=[...]" if chosen.background else "takes no background set"
         raise ValueError(f"{chosen.name} {need}.")
+    seen = {} if pairs is None else pair_hashes(in_split(checked(pairs), "train"))
     bos = bos_of(model)
     if all(text.tokens == [bos] for text in sides.texts):
         raise ValueError(f"every text is the token {model.token_to_str(bos or 0)} alone: there is nothing to read.")
     if chosen.compute is single:
         whole, batch = _padded(model, sides.texts), Batch([0, 1])
-        run = _Run(chosen, template, numbers, sites, sides, whole, [], [batch], [])
+        run = _Run(chosen, template, numbers, sites, sides, whole, [], [batch], [], seen)
         return run, estimated(model, whole, [batch], sites, chosen, 2, memory)
     weights = [reading(read, text, bos) for text in sides.texts]
     if chosen.negative and _read_the_same(sides, weights):
@@ -240,7 +244,7 @@ def _planned(
         Batch([first + row for row in rows])
         for rows in single_batches([len(text.tokens) for text in others], batch_tokens)
     ]
-    run = _Run(chosen, template, numbers, sites, sides, [*sides.texts, *others], weights, batches, behind)
+    run = _Run(chosen, template, numbers, sites, sides, [*sides.texts, *others], weights, batches, behind, seen)
     return run, estimated(model, run.texts, [*batches, *behind], sites, chosen, first, memory)
 
 
@@ -382,6 +386,7 @@ def _info(model: InterpretableModel, run: _Run, read: Read, chat: bool, width: i
         **({"chat": True} if chat else {}),
         **{name: count for name, count in counts.items() if count},
         "data": run.sides.hash,
+        **run.seen,
         "chat_template": hashlib.sha256(template.encode()).hexdigest()[:16] if isinstance(template, str) else None,
         "mlxsteer": version("mlxsteer"),
     }

@@ -36,6 +36,9 @@ EMBEDDING = (
 )
 """Names of the token embedding, beside the blocks."""
 
+LEARNED_POSITIONS = ("wpe", "embed_positions", "position_embedding", "position_embeddings")
+"""Names of the table of learned positions, beside the token embedding; there is nothing to read behind its end."""
+
 FINAL_NORM = ("norm", "ln_f", "final_layernorm", "final_layer_norm", "norm_f", "final_norm", "embedding_norm", "ln_out")
 """Names of the norm after the last block, beside the blocks."""
 

@@ -137,6 +137,16 @@ class GenerationSweep:
             made.append(table)
         return Group(*made)
 
+    def plot(self, path: str | Path | None = None) -> Any:
+        """Score, length, variety and repeats of the texts over strengths, with intervals; a matplotlib figure.
+
+        Args:
+            path: also write it there, as PNG, PDF or SVG by suffix.
+        """
+        from mlxsteer.plots import plot_generation_sweep
+
+        return plot_generation_sweep(self, path)
+
     def to_json(self, path: str | Path | None = None) -> str:
         """The sweep as JSON; with a path, also written there, whole or not at all."""
         texts = [[[list(map(_as_data, row)) for row in rows] for rows in layer] for layer in self.texts]
@@ -240,7 +250,8 @@ def generation_sweep(
         model: the model.
         vector: one direction per layer, or a dict from layers to directions.
         prompts: texts, lists of token ids, or chats (lists of messages).
-        layers: a layer, several, or ``"all"`` that the vector has; each is steered alone.
+        layers: a layer, several, or ``"all"`` that the vector has; each is steered alone. Negative ones count from
+            the model's last.
         strengths: in the unit; 0 is plain generation.
         at: which tokens.
         unit: ``"residual"``: a strength of 1 adds the direction with the layer's median norm; ``"raw"``: it adds the

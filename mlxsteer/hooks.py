@@ -21,6 +21,7 @@ from typing import Any, TypeAlias
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlxsteer.banks import Bank, banked
 from mlxsteer.interventions.base import Intervention, Where
 from mlxsteer.plans import MISSING, Hook, NeverFired, Plan, Stopped
 from mlxsteer.positions import Prompt, Tokens, ToldPrompts
@@ -32,6 +33,7 @@ from mlxsteer.steering import Row, SteeredCacheError, Steering, SteeringState, c
 _stack: ContextVar[tuple[Plan, ...]] = ContextVar("mlxsteer_plans", default=())
 _forward: ContextVar[Forward | None] = ContextVar("mlxsteer_forward", default=None)
 _copying: ContextVar[bool] = ContextVar("mlxsteer_copying", default=False)
+_apart: ContextVar[bool] = ContextVar("mlxsteer_apart", default=False)  # what is part of a model doesn't act here
 _RESIDENT = "_mlxsteer_resident"  # attribute of an edited model's root: its plans, seen by every thread
 
 
@@ -53,7 +55,7 @@ def active(model: nn.Module) -> list[Plan]:
 
 def residents(model: nn.Module) -> tuple[Plan, ...]:
     """The plans that are part of an edited model; none for any other."""
-    return tuple(model.__dict__.get(_RESIDENT, ()))
+    return () if _apart.get() else tuple(model.__dict__.get(_RESIDENT, ()))
 
 
 def surrounding(model: nn.Module) -> list[Plan]:
@@ -128,16 +130,18 @@ def attached(*plans: Plan) -> Iterator[None]:
 
 
 @contextmanager
-def detached() -> Iterator[None]:
-    """Forget the plans active here, for the time of a block."""
-    enabled, stack = _enabled.plans, _stack.get()
+def detached(*, residents: bool = False) -> Iterator[None]:
+    """Forget the plans active here, for the time of a block; with `residents` those that are part of a model too."""
+    enabled, stack, apart = _enabled.plans, _stack.get(), _apart.get()
     _enabled.plans = ()
     _stack.set(())
+    _apart.set(apart or residents)
     try:
         yield
     finally:
         _enabled.plans = enabled
         _stack.set(stack)
+        _apart.set(apart)
 
 
 def enable(plan: Plan, owner: int) -> None:
@@ -297,6 +301,7 @@ class Forward:
         self.tokens: Tokens | None = None
         self.rows: list[Row] | None = None
         self._carrying: dict[int, tuple[bool, ...] | None] = {}
+        self._carried: list[Any] | None = None
 
     def run(self, base: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         inputs = _argument(base, args, kwargs, 0, "input_embeddings")
@@ -309,15 +314,21 @@ class Forward:
             plan.forwards += 1
             plan.calls = self.calls
         state = self._locate(inputs, cache, count, width)
+        if self.tokens is not None:
+            self.tokens.inputs = inputs
         before = _forward.get()
         try:
             with opened(carrier(cache)) if state is not None else nullcontext():
                 _forward.set(self)
                 output = self.call(self.hooks.get(id(self.root), ()), self.root, base, args, kwargs)
+            if state is not None:
+                state.end(width)
+        except BaseException:
+            if state is not None:
+                state.break_off()
+            raise
         finally:
             _forward.set(before)
-        if state is not None:
-            state.end(width)
         if not any(plan.replay for plan in self.plans):
             self._check_residents()
         for plan in self.plans:
@@ -368,22 +379,28 @@ class Forward:
 
     def _adopt(self, state: SteeringState) -> None:
         """Give rows that carry nothing the context's steering; refuse rows that are steered in another way."""
+        alone = self.plans[0] if len(self.plans) == 1 else None
+        if alone is not None and all(row.passed is alone for row in state.rows):
+            return
         allowed = {id(s) for plan in self.plans for s in plan.steerings}
         default = tuple(s for plan in self.plans if plan.adopt for s in plan.steerings)
         for row in state.rows:
-            if row.steerings is None:
-                row.steerings = default
-                if (told := self._told()) is not None:
-                    row.prompt, row.told = told.next(row.seen), True
-                continue
-            carried = {id(s) for s in row.steerings}
-            if not carried <= allowed or not {id(s) for s in default} <= carried:
-                if [s.fingerprint for s in row.steerings] != [s.fingerprint for s in default]:
+            carried = {id(s) for s in row.steerings or ()}
+            new = row.steerings is None
+            if not new and (not carried <= allowed or not {id(s) for s in default} <= carried):
+                if [s.fingerprint for s in row.steerings or ()] != [s.fingerprint for s in default]:
                     raise SteeredCacheError(
                         "this prompt cache was filled under another steering: use it with the same interventions, or "
                         "start a new cache."
                     )
-                row.steerings = default
+                new = True  # the same steering, opened anew
+            if new:
+                before, row.steerings = row.steerings, default
+                if (told := self._told()) is not None:
+                    row.prompt, row.told = told.next(row.seen), True
+                    if before is not None:
+                        row.memory = {}  # gates ask the prompt that is told now
+            row.passed = alone
 
     def _rows(self, steering: Steering) -> tuple[bool, ...] | None:
         """Which rows carry a steering; None for all of them."""
@@ -417,7 +434,7 @@ class Forward:
                 args, kwargs = self._input(hooks, number, base, args, kwargs)
             output = base.__call__(module, *args, **kwargs)
             for _, hook in hooks:
-                for site, intervention, steering in hook.output_edits:
+                for site, intervention, steering in self._edits(hook, "output"):
                     if site.call is None or site.call == number:
                         x = self._edit(activation(output, site), site, intervention, steering)
                         output = with_activation(output, x)
@@ -439,7 +456,7 @@ class Forward:
             raise TypeError(f"{site.key} is no activation: its module takes {type(x).__name__}.")
         stream = site.stream
         for _, hook in hooks:
-            for site, intervention, steering in hook.input_edits:
+            for site, intervention, steering in self._edits(hook, "input"):
                 if site.call is None or site.call == number:
                     x = with_activation(x, self._edit(activation(x, site), site, intervention, steering))
         for plan, hook in hooks:
@@ -450,14 +467,27 @@ class Forward:
             return (*args[:stream], x, *args[stream + 1 :]), kwargs
         return args, {**kwargs, _parameters(base)[stream]: x}
 
-    def _edit(self, x: mx.array, site: Site, intervention: Intervention, steering: Steering | None) -> mx.array:
+    def _edits(self, hook: Hook, port: str) -> Sequence[Any]:
+        """What is done at a place: as planned, or with the rows' own vectors in one bank."""
+        edits = hook.input_edits if port == "input" else hook.output_edits
+        if len(edits) < 2 or self.rows is None:
+            return edits
+        if self._carried is None:
+            self._carried = [[(id(s), s.strength) for s in row.steerings or ()] for row in self.rows]
+        known, made = hook.banks.get(port, (None, []))
+        if known != self._carried:
+            made = banked(edits, self.rows)
+            hook.banks[port] = self._carried, made
+        return made
+
+    def _edit(self, x: mx.array, site: Site, intervention: Intervention | Bank, steering: Steering | None) -> mx.array:
         assert self.tokens is not None
         if steering is None:
             return intervention(x, Where(self.tokens, site.key, site.layer))
         rows = self._rows(steering)
         if rows is not None and not any(rows):
             return x
-        return intervention(x, Where(self.tokens, site.key, site.layer, steering.strength, rows))
+        return intervention(x, Where(self.tokens, site.key, site.layer, steering.strength, rows, id(steering)))
 
 
 def _together(plans: Sequence[Plan]) -> dict[int, list[tuple[Plan, Hook]]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import functools
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlxsteer import generation, pocket
 from mlxsteer.hooks import attached, copying, disable, enable, new_owner, residents, settle
+from mlxsteer.interventions.routes import route
 from mlxsteer.places import Places, Writing
 from mlxsteer.plans import NeverFired, Plan
 from mlxsteer.positions import ToldPrompts
@@ -90,7 +92,8 @@ class InterpretableModel:
             raise TypeError(
                 f"a model is a Hugging Face name, a folder, 'pocket' or an nn.Module, not {type(model).__name__}."
             )
-        self._sites = SiteMap(self.model)
+        encode = self.tokenizer.encode if self.tokenizer is not None else None
+        self._sites = SiteMap(self.model, functools.partial(encode, add_special_tokens=False) if encode else None)
 
     def __repr__(self) -> str:
         bits: set[Any] = {getattr(m, "bits", None) for m in self.model.modules()} - {None}
@@ -418,7 +421,7 @@ class InterpretableModel:
         edited = copy.copy(self)
         with copying():
             edited.model = copy.deepcopy(self.model, {id(a): a for a in _arrays(self.model)})
-        edited._sites = SiteMap(edited.model)
+        edited._sites = SiteMap(edited.model, self._sites.encode)
         for plan in residents(self.model):
             for steering in plan.steerings:  # edit by edit: a place may have several
                 edits = tuple((edited._sites.resolve(site.key), intervention) for site, intervention in steering.edits)
@@ -449,8 +452,10 @@ class InterpretableModel:
 
         Args:
             prompt: a text, token ids or chat messages; a list of them is generated as one batch.
-            interventions: a key dict; for a batch also a list with one key dict (or None) per row.
-            max_tokens: the most tokens to generate.
+            interventions: a key dict, or a `route` that chooses one by the prompt's text; for a batch also a list with
+                one of these (or None) per row.
+            max_tokens: the most tokens to generate; a model with learned positions ends with the last of them, as of
+                length.
             temp, top_p, top_k, min_p: the usual knobs; greedy unless `temp` is given.
             seed: seed of MLX's global generator, for sampling.
             sampler: in place of the knobs.
@@ -460,6 +465,18 @@ class InterpretableModel:
 
         Returns:
             A `Generation` (a `str`), or a list of them for a list of prompts.
+
+        With a ``prompt_cache``, the prompt is what comes after the tokens in it, and positions are those of the whole.
+        A cache filled under a steering goes on under the same one, at any strength (see `cache_history`). One filled
+        clean may go on under any, and a copy of it (``copy.deepcopy(cache)``) under another: ``"all"`` then means all
+        tokens from there on. `fill_prompt_cache` makes one, `save_prompt_cache` keeps it. Where other code filled the
+        cache, tell its token ids as ``cached_tokens=`` if a position looks at them (`after`, a callable).
+
+        Raises:
+            SteeredCacheError: the prompt cache was filled under another steering.
+            PositionError: a position means nothing for the prompt, or lies wholly in what a clean cache holds already.
+            ValueError: the prompt is no prompt, or leaves no learned position to generate at; or an option doesn't fit.
+            NeverFired: a place's module never ran.
         """
         tokenizer = self._needed_tokenizer("generation")
         prompts, many = self._encode_many(prompt)
@@ -469,9 +486,9 @@ class InterpretableModel:
         )
         options |= {"max_tokens": max_tokens, "logprobs": logprobs}
         if many:
-            steerings = self._row_steerings(interventions, len(prompts))
+            steerings = self._row_steerings(interventions, prompts)
             return generation.generate_batch(self._sites, tokenizer, prompts, steerings, **options)
-        steering = self._row_steerings(interventions, 1)[0]
+        steering = self._row_steerings(interventions, prompts)[0]
         return generation.generate(self._sites, tokenizer, prompts[0], steering, **options)
 
     def stream(
@@ -500,19 +517,22 @@ class InterpretableModel:
         if many:
             raise ValueError("stream takes one prompt; generate([...]) runs several as a batch.")
         generation.check_options(options, batch=False)
-        steering = self._row_steerings(interventions, 1)[0]
+        steering = self._row_steerings(interventions, prompts)[0]
         knobs = {"temp": temp, "top_p": top_p, "top_k": top_k, "min_p": min_p}
         options |= {"sampler": generation.sampler_of(sampler, seed, knobs), "max_tokens": max_tokens}
         return generation.stream(self._sites, tokenizer, prompts[0], steering, **options)
 
-    def _row_steerings(self, interventions: Any, count: int) -> list[Steering | None]:
-        """One steering per row, from one key dict for all or a list of them."""
+    def _row_steerings(self, interventions: Any, prompts: Sequence[list[int]]) -> list[Steering | None]:
+        """One steering per row, from one key dict for all, a list of them, or a route."""
+        count = len(prompts)
         if interventions is None:
             return [None] * count
         if isinstance(interventions, (list, tuple)):
             if len(interventions) != count:
                 raise ValueError(f"{len(interventions)} key dicts for {count} prompts: give one (or None) per prompt.")
-            return [s for one in interventions for s in self._row_steerings(one, 1)]
+            return self._each([*interventions], prompts)
+        if isinstance(interventions, route):
+            return self._each([interventions.of(self.decode(tokens)) for tokens in prompts], prompts)
         steering = Steering.of(self._sites, interventions)
         for site, intervention in steering.edits:
             for part in intervention.parts():
@@ -520,6 +540,17 @@ class InterpretableModel:
                 if rows not in (None, count):
                     raise ValueError(f"{part.name} at {site.key}: {rows} strengths for {count} rows.")
         return [steering.row(index) for index in range(count)]
+
+    def _each(self, chosen: list[Any], prompts: Sequence[list[int]]) -> list[Steering | None]:
+        """The steerings of rows with a key dict each; rows that were given the same one share its steering."""
+        made: dict[int, Steering | None] = {}
+        steerings = []
+        for one, tokens in zip(chosen, prompts, strict=True):
+            name = id(tokens) if isinstance(one, route) else id(one)
+            if name not in made:
+                made[name] = self._row_steerings(one, [tokens])[0]
+            steerings.append(made[name])
+        return steerings
 
 
 class OpenSteering:

@@ -17,6 +17,12 @@ if TYPE_CHECKING:
 SPLITS = ("train", "choose", "report")
 """Vectors are computed on train, layers and strengths picked on choose, numbers reported on report."""
 
+PAIR_HASHES = "pair_hashes"
+"""What a vector's `info` calls the hashes of the pairs that it was computed from, as one text."""
+
+MOST_HASHES = 2000
+"""Of more pairs no hashes are kept, so that a vector's file stays small."""
+
 _SHARES = {"train": 0.5, "choose": 0.2, "report": 0.3}
 _FEW = 10
 """So many names are listed where none is near; of more, what lists them is named."""
@@ -144,6 +150,50 @@ def folded(text: str) -> str:
 def counted(number: int, noun: str) -> str:
     """A number of things in words, such as ``"1 pair"`` and ``"2 pairs"``."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def pair_hash(pair: ContrastPair) -> str:
+    """8 hexadecimal digits that tell a pair from others by what it says.
+
+    Whatever its split, its case and spaces, where its prompt ends and which side is the positive one: a vector has seen
+    the pair all the same. Two pairs of a set of 2,000 share theirs by chance once in 2,000 such sets.
+    """
+    texts = sorted("".join(text.casefold().split()) for text in side_texts(pair))
+    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:8]
+
+
+def pair_hashes(pairs: Sequence[ContrastPair]) -> dict[str, str]:
+    """What a vector's `info` keeps of the pairs that it is computed from, whatever their order; nothing of too many."""
+    return {PAIR_HASHES: " ".join(sorted(set(map(pair_hash, pairs))))} if len(pairs) <= MOST_HASHES else {}
+
+
+def pairs_seen(hashes: Any, pairs: Iterable[ContrastPair]) -> int | None:
+    """How many of some pairs a vector was computed from.
+
+    Args:
+        hashes: what the vector's `info` keeps as `PAIR_HASHES`.
+        pairs: the pairs.
+
+    Returns:
+        their number; None where that is unknown, because the vector is an older or a foreign one.
+    """
+    known = set(hashes.split()) if isinstance(hashes, str) else None
+    return None if known is None else sum(pair_hash(pair) in known for pair in pairs)
+
+
+def shared_by_splits(pairs: Iterable[ContrastPair]) -> tuple[int, int]:
+    """Number of pairs that are in another split too, and of others whose prompt is; case and spaces don't count."""
+    places: dict[tuple[str, str], set[str]] = {}
+    rows = []
+    for pair in pairs:
+        if pair.split is not None:
+            rows.append((("pair", pair_hash(pair)), ("prompt", folded(context(pair)))))
+            for key in rows[-1]:
+                places.setdefault(key, set()).add(pair.split)
+    places["prompt", ""] = set()  # no prompt is none in common
+    copies = [len(places[pair]) > 1 for pair, _ in rows]
+    beside = [len(places[prompt]) > 1 and not copy for (_, prompt), copy in zip(rows, copies, strict=True)]
+    return sum(copies), sum(beside)
 
 
 def _all_pairs(pairs: Iterable[ContrastPair]) -> list[ContrastPair]:

@@ -42,6 +42,8 @@ class Hook:
     """A site that doesn't say which call it means: the module may run only once."""
     enters: bool = False
     """Whether anything is done to the module's input."""
+    banks: dict[str, tuple[Any, list[Any]]] = field(default_factory=dict)
+    """Port → (which rows are steered by what, the edits there as they are done to such a batch), of the last batch."""
 
 
 @dataclass(eq=False)

@@ -309,6 +309,26 @@ def _end_of(text: str | tuple[int, ...], prompt: Prompt) -> int:
     return low
 
 
+LOST = "lost"
+"""In place of what was remembered, where it can't be known any more."""
+
+
+def rewind(memory: dict[Any, Any], count: int) -> None:
+    """Go back by so many tokens of the last forward, as when drafted tokens are rejected."""
+    for key in [key for key in memory if isinstance(key, tuple) and key[0] == "trail"]:
+        trail, row, length = memory[key]
+        memory[key] = trail, row, length - count
+        memory[key[1]] = (trail(length - count), row) if length >= count else LOST
+
+
+def forget(memory: dict[Any, Any]) -> None:
+    """Lose what gates read off a prompt, which was gone back into."""
+    for slot in memory.values():
+        if isinstance(slot, dict):
+            slot.pop("open", None)
+            slot.update({name: LOST for name in slot if isinstance(name, int)})
+
+
 class Tokens:
     """The tokens of one forward: for each row, where it starts, how many are real, and what its prompt is.
 
@@ -326,9 +346,83 @@ class Tokens:
         self._masks: dict[Any, bool | mx.array] = {}
         self._factors: dict[Any, np.ndarray | None] = {}
         self._placed: mx.array | None = None
+        self.inputs: mx.array | None = None
+        """What the model was given: token ids (rows, width), or embeddings."""
+        self.kept: dict[tuple[int | None, str], mx.array] = {}
+        """(steering, key) → activation, for gates that read elsewhere than where they act."""
+        self.found: dict[Any, mx.array] = {}
+        """What was found out about this forward's tokens, for everybody who asks the same."""
+        self.memory: list[dict[Any, Any]] = [{} for _ in self.starts]
+        """For each row what is remembered from forward to forward; it moves with the row."""
+        self._asked = [dict[str, int]() for _ in self.starts]
 
     def __len__(self) -> int:
         return len(self.starts)
+
+    def ids(self, what: str) -> mx.array:
+        """The token ids of this forward, (rows, width), padding included.
+
+        Raises:
+            PositionError: the model was given embeddings.
+        """
+        if self.inputs is None or self.inputs.ndim != 2:
+            raise PositionError(f"{what} looks at token ids, and this forward was given none.")
+        return self.inputs
+
+    # What is remembered of a row is a pair (array, index): while a batch stays as it is, all its rows share one array,
+    # and nothing is cut apart and joined again at each step.
+
+    def recalled(self, name: Any, default: mx.array, of: Sequence[dict[Any, Any]] | None = None) -> mx.array:
+        """What was remembered of each row under a name, (rows, ...); `default` where there is nothing yet."""
+        memories = self.memory if of is None else of
+        found = [memory.get(name) for memory in memories]
+        if LOST in found:
+            raise PositionError(
+                "a cache was trimmed by more than its last forward, or into its prompt: what a span or a gate knew of "
+                "the tokens before is lost. Start a new cache."
+            )
+        first = found[0][0] if found[0] is not None else None
+        together = all(one is not None and one[0] is first and one[1] == row for row, one in enumerate(found))
+        if first is not None and len(first) == len(found) and together:
+            return first
+        return mx.stack([default if one is None else one[0][one[1]] for one in found])
+
+    def remember(
+        self, name: Any, values: mx.array, rows: Sequence[int] | None = None, of: Sequence[dict[Any, Any]] | None = None
+    ) -> None:
+        """Remember a value of each row, (rows, ...), under a name."""
+        memories = self.memory if of is None else of
+        for row in range(len(self)) if rows is None else rows:
+            memories[row][name] = values, row
+
+    def remember_trail(self, name: Any, values: mx.array, trail: Callable[[int], mx.array]) -> None:
+        """Remember a value of each row, and what it was after any number of this forward's tokens; see `rewind`."""
+        self.remember(name, values)
+        for row, memory in enumerate(self.memory):
+            memory["trail", name] = trail, row, self.lengths[row]
+
+    def slots(self, key: str, rows: tuple[bool, ...] | None) -> list[dict[Any, Any]]:
+        """A memory of its own for whoever asks at a place, of each row; rows that it isn't for get a passing one.
+
+        Told apart by order: the interventions that steer a row come to a place in the same order in every forward.
+        """
+        slots: list[dict[Any, Any]] = []
+        for row, memory in enumerate(self.memory):
+            if rows is not None and not rows[row]:
+                slots.append({})
+                continue
+            number = self._asked[row].get(key, 0)
+            self._asked[row][key] = number + 1
+            slots.append(memory.setdefault((key, number), {}))
+        return slots
+
+    def at_end(self, states: mx.array, before: mx.array) -> mx.array:
+        """The last real token's state of each row, of (rows, width); what was before for rows with no real token."""
+        if self.width == 1 and all(self.lengths):
+            return states[:, 0]
+        index = mx.array([[max(length - 1, 0)] for length in self.lengths])
+        last = mx.take_along_axis(states, index, axis=1)[:, 0]
+        return last if all(self.lengths) else mx.where(mx.array(self.lengths) > 0, last, before)
 
     def positions(self) -> mx.array:
         """Absolute position of every token, (rows, width), int32; those of padding mean nothing."""
@@ -355,7 +449,29 @@ class Tokens:
             found = self._masks[key] = self._touched(position, rows, schedule)
         return found
 
+    def touched_each(self, positions: tuple[Position | None, ...]) -> bool | mx.array:
+        """Where a position of its own touches each row; see `touched`. None touches nothing of its row."""
+        key = ("each", positions)
+        found = self._masks.get(key)
+        if found is None and self.width == 1:
+            found = self._masks[key] = self._touched_once(positions)
+        if found is None:
+            nothing = np.zeros(self.width, bool)
+            mask = np.stack([nothing if p is None else self.marks(row, p) for row, p in enumerate(positions)])
+            found = self._masks[key] = bool(mask.all()) if mask.all() or not mask.any() else mx.array(mask)
+        return found
+
+    def _touched_once(self, positions: Sequence[Position | None]) -> bool | mx.array:
+        """`touched` of a decoding step, which happens often: without an array where all rows are alike."""
+        marks = [
+            position is not None and length > 0 and any(start in span for span in prompt.ranges(position))
+            for position, start, length, prompt in zip(positions, self.starts, self.lengths, self.prompts, strict=True)
+        ]
+        return marks[0] if all(marks) or not any(marks) else mx.array(marks)[:, None]
+
     def _touched(self, position: Position, rows: tuple[bool, ...] | None, schedule: Factor | None) -> bool | mx.array:
+        if self.width == 1 and schedule is None:
+            return self._touched_once([position if rows is None or own else None for own in rows or self.starts])
         marks = [
             self.marks(row, position, schedule) if rows is None or rows[row] else np.zeros(self.width, bool)
             for row in range(len(self))

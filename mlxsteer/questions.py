@@ -156,7 +156,7 @@ def groups(
         end = max(ends[k] for k in [*group, i])
         begin = first[(group or [i])[0]]
         tokens = (len(group) + 1) * max(max(strengths, 1) * sides * (end - begin), begin)
-        apart = group and first[i] - first[group[0]] > max(1, (ends[i] - first[i]) // 2)
+        apart = group and first[i] - first[group[0]] > (ends[i] - first[i]) // 2
         if group and (alone or apart or tokens > budget):
             yield group
             group = []

@@ -5,8 +5,10 @@ Arditi et al. 2024, Refusal in language models is mediated by a single direction
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import mlx.core as mx
@@ -16,7 +18,8 @@ from rich.table import Table
 
 from mlxsteer.continuation import Continuation, Score
 from mlxsteer.interventions import ablate, add_vector, mean_replace
-from mlxsteer.interventions.base import Intervention
+from mlxsteer.interventions.base import Intervention, number
+from mlxsteer.interventions.files import as_json
 from mlxsteer.model import InterpretableModel
 from mlxsteer.pairs import ContrastPair, PairSet, checked
 from mlxsteer.positions import Position
@@ -100,6 +103,75 @@ class RefusalDirection:
                 f"{calm:+.2f} → {induced:+.2f} with it added."
             )
         return capture.get().rstrip()
+
+    def to_json(self, path: str | Path | None = None) -> str:
+        """Everything as JSON, the direction included; with a path, also written there, whole or not at all.
+
+        Raises:
+            ValueError: an intervention of `ablation` can't be data.
+        """
+        specs = {key: edit.to_spec() for key, edit in self.ablation.items()}
+        # The same edit stands at every place: it is written once, under the first of its places.
+        first: dict[str, str] = {}
+        places = {key: first.setdefault(edit.fingerprint, key) for key, edit in self.ablation.items()}
+        data = {
+            "layer": self.layer, "position": self.position, "direction": self.vector[self.layer].tolist(),
+            "info": dict(self.vector.info), "base": list(self.base), "report": list(self.report),
+            "candidates": [asdict(one) for one in self.candidates], "ablation": places,
+            "edits": {key: {"spec": specs[key][0], "tensors": {name: x.tolist() for name, x in specs[key][1].items()}}
+                      for key in first.values()},
+        }  # fmt: skip
+        return as_json(data, path)
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> RefusalDirection:
+        """Read what `to_json` wrote. Nothing is imported by a name found in it.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is no refusal direction.
+        """
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            candidates = tuple(_candidate(one) for one in data["candidates"])
+            edits = {key: _edit(one) for key, one in data["edits"].items()}
+            vector = SteeringVector({data["layer"]: data["direction"]}, info=data["info"])
+            harmful, harmless = map(_nan_or, data["base"])
+            before, bypassed, calm, induced = map(_nan_or, data["report"])
+            ablation = {str(key): edits[first] for key, first in data["ablation"].items()}
+            if not candidates:
+                raise ValueError("there is no candidate")
+            return cls(vector, int(data["position"]), ablation, candidates, (harmful, harmless),
+                       (before, bypassed, calm, induced))  # fmt: skip
+        except (KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError) as error:
+            raise ValueError(f"{path} holds no refusal direction ({error}).") from error
+
+    def plot(self, path: str | Path | None = None) -> Any:
+        """Bypass, induce and KL over positions and layers, as heat maps; a matplotlib figure.
+
+        The chosen candidate is framed, and those that were ruled out are grey.
+
+        Args:
+            path: also write it there, as PNG, PDF or SVG by suffix.
+        """
+        from mlxsteer.plots import plot_refusal
+
+        return plot_refusal(self, path)
+
+
+def _nan_or(value: Any) -> float:
+    """A number; JSON has no NaN, and says null."""
+    return float("nan") if value is None else number(value, "a score")
+
+
+def _candidate(data: Mapping[str, Any]) -> RefusalCandidate:
+    bypass, induce, kl = (_nan_or(data[name]) for name in ("bypass", "induce", "kl"))
+    return RefusalCandidate(int(data["layer"]), int(data["position"]), bypass, induce, kl, bool(data["passes"]))
+
+
+def _edit(data: Mapping[str, Any]) -> Intervention:
+    tensors = {name: mx.array(np.array(values, np.float32)) for name, values in data["tensors"].items()}
+    return Intervention.from_spec(data["spec"], tensors)
 
 
 def select_refusal_direction(

@@ -4,34 +4,33 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import replace
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from mlxsteer import datasets
-from mlxsteer.contrast import places
+from mlxsteer.choice import Candidate, Choice, Evidence, doubts_about_pairs, warnings_of
 from mlxsteer.extraction import extract, separation
 from mlxsteer.interventions.base import Intervention
-from mlxsteer.interventions.files import as_json
 from mlxsteer.measures.divergence import Divergence, Reference, listed
-from mlxsteer.measures.effect import Steerability, rank_correlation, steerability
+from mlxsteer.measures.effect import rank_correlation, steerability
 from mlxsteer.measures.nulls import null_p_value, random_like
 from mlxsteer.measures.preference import Preferences
-from mlxsteer.measures.uncertainty import Interval, bootstrap, generator
+from mlxsteer.measures.uncertainty import bootstrap, generator
 from mlxsteer.model import InterpretableModel
-from mlxsteer.pairs import ContrastPair, PairSet, checked, counted
+from mlxsteer.pairs import PAIR_HASHES, ContrastPair, PairSet, checked, pairs_seen, shared_by_splits
 from mlxsteer.positions import At
 from mlxsteer.progress import Step, reporting
 from mlxsteer.questions import check_count
 from mlxsteer.reading import Read, as_chat, encode_side
 from mlxsteer.sites import Site
 from mlxsteer.strength import Strength, measured, solved, target_of
+from mlxsteer.sweep import chosen_layers
 from mlxsteer.vectors import SteeringVector
+
+__all__ = ["Candidate", "Choice", "Evidence", "select"]
 
 TRIED = (0.7, 2.5)
 """Strengths of the first look, in residual norms: less than the stream itself, and more."""
@@ -44,173 +43,6 @@ _NULLS = 20_241
 
 MULTIPLES = (-1.0, -0.5, 0.5, 1.0)
 """Of the chosen strength, for the dose–response that is reported."""
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A layer, or several together, and what is known of steering there.
-
-    Attributes:
-        strengths: layer → strength in residual norms, at which the budget is spent, or the effect greatest within it.
-        effect: mean shift of ``log P(positive) − log P(negative)`` over the choosing pairs, in nats; NaN if not run.
-        spent: the budget's measure at that strength; NaN if not run.
-        separation: AUROC of held-out projections; NaN for several layers.
-        agreement: mean cosine of the pairs' differences; NaN for several layers, or where it is unknown.
-        stage: ``"read"``: only looked at from outside; ``"tried"``: at a few strengths on some of the data, so that
-            effect and strength are estimates; ``"measured"``: on all the choosing data.
-    """
-
-    strengths: dict[int, float]
-    effect: float
-    spent: float
-    separation: float
-    agreement: float
-    stage: str
-
-
-@dataclass(frozen=True, eq=False)
-class Evidence:
-    """What the chosen steering does on the report split, which no choice was made on.
-
-    Attributes:
-        shift: mean shift of ``log P(positive) − log P(negative)`` in nats, with its interval over pairs.
-        opposite: the same at the negated strength.
-        base: the unsteered mean.
-        curve: dose–response over multiples of the strength.
-        nulls: mean shifts by matched-norm random vectors in its place.
-        p_value: of the shift against them, one-sided.
-        divergence: KL(base ‖ steered) on neutral text.
-        pairs: number of pairs.
-    """
-
-    shift: Interval
-    opposite: Interval
-    base: float
-    curve: Steerability
-    nulls: tuple[float, ...]
-    p_value: float
-    divergence: Divergence
-    pairs: int
-
-
-@dataclass(frozen=True, eq=False)
-class Choice:
-    """A layer (or several) and a strength, with the evidence.
-
-    Attributes:
-        vector: the steering vector.
-        strengths: layer → strength in residual norms.
-        at: which tokens are steered.
-        budget: the measure that limits, and its limit.
-        candidates: everything that was considered, the choice first, then by stage and effect. Two layers together are
-            chosen only if they do 5 % more than one.
-        evidence: what it does on the report split.
-        rank_correlation: between what the layers look like from outside (separation) and what steering there does.
-        warnings: what speaks against relying on it, in words; empty where nothing does.
-        record: model, data, seed, versions.
-        block_tokens: what choosing cost: tokens times blocks that ran.
-    """
-
-    vector: SteeringVector
-    strengths: dict[int, float]
-    at: At
-    budget: tuple[str, float]
-    candidates: tuple[Candidate, ...]
-    evidence: Evidence
-    rank_correlation: float
-    warnings: tuple[str, ...]
-    record: dict[str, Any] = field(default_factory=dict)
-    block_tokens: int = 0
-
-    @property
-    def layer(self) -> int:
-        """The layer; the first one of several."""
-        return next(iter(self.strengths))
-
-    @property
-    def strength(self) -> float:
-        """The strength at `layer`, in residual norms."""
-        return self.strengths[self.layer]
-
-    @property
-    def interventions(self) -> dict[str, Intervention]:
-        """The key dict that steers so."""
-        return self.vector.at(self.strengths, at=self.at, unit="residual")
-
-    def __repr__(self) -> str:
-        where = " + ".join(f"layer {layer} × {strength:.3g}" for layer, strength in self.strengths.items())
-        warned = f", {counted(len(self.warnings), 'warning')}" if self.warnings else ""
-        return f"Choice({where}, shift {self.evidence.shift} nats{warned})"
-
-    def table(self) -> str:
-        """The candidates, what the choice does on the report split, and the warnings, in plain text."""
-        console = Console(width=100, no_color=True, force_terminal=False)
-        with console.capture() as capture:
-            console.print(self)
-            console.print(self.summary(), markup=False, highlight=False)
-        return capture.get().rstrip()
-
-    def summary(self) -> str:
-        """What it does and what it costs, in words."""
-        found, (measure, limit) = self.evidence, self.budget
-        where = " and ".join(f"{strength:.3g} residual norms at layer {layer}" for layer, strength in
-                             self.strengths.items())  # fmt: skip
-        lines = [
-            f"Chosen: {where}, at={self.at!r}.",
-            f"On {counted(found.pairs, 'held-out pair')}: log P(positive) − log P(negative) moves by {found.shift} "
-            f"nats from {found.base:+.2f}, and by {found.opposite} at the negated strength.",
-            f"Dose–response: {found.curve} (per multiple of the strength).",
-            f"{counted(len(found.nulls), 'random vector')} of the same length: {np.mean(found.nulls):+.2f} on average, "
-            f"{max(found.nulls):+.2f} at most; p = {found.p_value:.3f}." if found.nulls else "No null was drawn.",
-            f"On neutral text: {found.divergence}; the budget was {measure} {limit:g}, ± 5 %.",
-            "Separation tells no layers apart." if np.isnan(self.rank_correlation) else
-            f"Rank correlation of separation and effect over layers: {self.rank_correlation:+.2f}.",
-        ]  # fmt: skip
-        return "\n".join([*lines, *(f"Warning: {warning}" for warning in self.warnings)])
-
-    def __rich__(self) -> Table:
-        less = f", less what moves {', '.join(self.record['leave'])}" if self.record.get("leave") else ""
-        table = Table(
-            title=f"effect in nats{less}, at {self.budget[0]} {self.budget[1]:g} (± 5 %), on the choosing split"
-        )
-        for head in ("layer", "strength", "effect", self.budget[0], "AUROC", "agreement", "stage"):
-            table.add_column(head, justify="right")
-        for one in self.candidates:
-            numbers = (one.effect, one.spent, one.separation, one.agreement)
-            cells = ["" if np.isnan(x) else f"{x:{form}}" for x, form in zip(numbers, ("+.2f", ".3g", ".2f", ".2f"),
-                                                                             strict=True)]  # fmt: skip
-            strengths = " + ".join(f"{s:.3g}" for s in one.strengths.values()) if not np.isnan(one.effect) else ""
-            style = "bold" if one.strengths == self.strengths else None
-            table.add_row(" + ".join(map(str, one.strengths)), strengths, *cells, one.stage, style=style)
-        return table
-
-    def to_json(self, path: str | Path | None = None) -> str:
-        """Everything but the vector as JSON; with a path, also written there, whole or not at all."""
-        found = self.evidence
-        data = {
-            "strengths": self.strengths, "unit": "residual", "at": repr(self.at), "budget": list(self.budget),
-            "candidates": [asdict(one) for one in self.candidates],
-            "evidence": {
-                "shift": asdict(found.shift), "opposite": asdict(found.opposite), "base": found.base,
-                "mean_slope": asdict(found.curve.mean_slope), "anti_steerable": found.curve.anti_steerable,
-                "multiples": found.curve.strengths.tolist(), "mean_curve": found.curve.mean_curve.tolist(),
-                "nulls": list(found.nulls), "p_value": found.p_value, "divergence": asdict(found.divergence),
-                "pairs": found.pairs,
-            },
-            "rank_correlation": self.rank_correlation, "warnings": list(self.warnings), "record": self.record,
-            "block_tokens": self.block_tokens,
-        }  # fmt: skip
-        return as_json(data, path)
-
-    def plot(self, path: str | Path | None = None) -> Any:
-        """The candidates' effects, and the dose–response against the nulls; a matplotlib figure.
-
-        Args:
-            path: also write it there, as PNG, PDF or SVG by suffix.
-        """
-        from mlxsteer.plots import plot_choice
-
-        return plot_choice(self, path)
 
 
 def select(
@@ -238,17 +70,18 @@ def select(
 
     The vector is computed on the train split, layer and strength are chosen on the choose split, and what is reported
     comes from the report split. Layers are compared at equal side effects: each at the strength that spends the
-    budget. All are read from outside first (separation), then tried on a sixth of the data; the
+    budget. All are read from outside first (separation), then tried on a part of the data; the
     best are measured on all of it, alone and together.
 
     Args:
         model: the model.
         pairs: contrast pairs with completions; where they have no splits, they are split by chance.
-        vector: a vector that is there already; it must not come from the choose or report pairs.
+        vector: a vector that is there already; it must not come from the choose or report pairs. Of a vector that says
+            which pairs it was computed from, the warnings say how many of these it has seen.
         budget: ``{"kl_mean": …}`` or ``{"kl_p95": …}``, mean or 95th percentile over tokens of KL(base ‖ steered) on
             neutral text in nats, met to 5 %; ``{"kl_mean": 0.3}`` unless given. No strength is above 10 residual norms.
         neutral: prompts to measure side effects on; `datasets.neutral` for the model unless given.
-        layers: which layers are considered.
+        layers: which layers are considered, negative ones counted from the model's last.
         at: which tokens are steered.
         method, read: of the extraction.
         leave: other behaviours' pairs by name, to be left alone: what steering moves them by, on average and in either
@@ -267,6 +100,7 @@ def select(
 
     Raises:
         ValueError: a split is empty, the budget can't be, or the vector doesn't fit.
+        KeyError: the given vector lacks a layer.
         TypeError: the pairs are none.
     """
     measure, limit = target_of(None, budget or {"kl_mean": 0.3})
@@ -283,8 +117,10 @@ def select(
         if vector is None:
             vector = extract(model, train, layers=layers, method=method, read=read, chat=chat, seed=seed, progress=None,
                              batch_tokens=batch_tokens)  # fmt: skip
-        wanted = _wanted(model, vector, layers)
-        vector.check(model)
+            wanted = list(vector)
+        else:
+            vector.check(model)
+            wanted = chosen_layers(model, vector, layers)
         vector.at(wanted, 1.0, at, unit="residual")  # refuse what is missing before anything is measured
         some = _parted(choose)[0]
         looks = separation(model, vector.only(wanted), some, read=read, chat=chat, batch_tokens=batch_tokens)
@@ -298,6 +134,8 @@ def select(
         if screen and len(kept) > 2:
             guesses = {layer: bench.tried({layer: 1.0}) for layer in kept}
             kept = sorted(kept, key=lambda layer: -guesses[layer][1])[: max(2, len(wanted) // 8)]
+            # a second best that looks clearly worse isn't worth measuring
+            kept = [layer for layer in kept if guesses[layer][1] >= 0.9 * guesses[kept[0]][1]]
         step(2, 5)
         found = {layer: bench.measured({layer: 1.0}, guesses.get(layer, (None, 0))[0]) for layer in sorted(kept)}
         single = sorted(found.values(), key=lambda one: -one.effect)
@@ -309,16 +147,10 @@ def select(
         cost += bench.block_tokens
         evidence = _evidence(model, vector, best, at, report, bench, nulls, chat, seed, batch_tokens, step)
     rows = [
-        Candidate(
-            one.strengths if one else {layer: guesses.get(layer, (np.nan, 0))[0] or np.nan},
-            one.effect if one else guesses.get(layer, (0, np.nan))[1],
-            one.spent if one else np.nan,
-            looks[layer],
-            vector.agreement.get(layer, np.nan),
-            "measured" if one else "tried" if layer in guesses else "read",
-        )
+        replace(found[layer], separation=looks[layer], agreement=vector.agreement.get(layer, np.nan))
+        if layer in found
+        else _glanced(layer, guesses.get(layer), looks[layer], vector)
         for layer in wanted
-        for one in [found.get(layer)]
     ]
     known = [row for row in rows if not np.isnan(row.effect)]
     correlation = rank_correlation([row.separation for row in known], [row.effect for row in known])
@@ -327,10 +159,13 @@ def select(
         [*rows, *together],
         key=lambda row: (row.strengths != best.strengths, stages.index(row.stage), -np.nan_to_num(row.effect)),
     )
-    warnings = _warnings(vector, best, evidence, measure, limit)
+    held_out = {"choose": choose, "report": report}
+    seen = {split: (pairs_seen(vector.info.get(PAIR_HASHES), part), len(part)) for split, part in held_out.items()}
+    warnings = doubts_about_pairs(seen, shared_by_splits(given)) + warnings_of(vector, best, evidence, measure, limit)
     record = {
         **model.identity, "pairs_name": given.name, "data": given.fingerprint,
         "pairs": given.splits, "vector": vector.fingerprint, "layers": wanted, "leave": sorted(leave or {}),
+        "pairs_seen": {split: "unknown" if count is None else count for split, (count, _) in seen.items()},
         "method": vector.info.get("method"), "read": vector.info.get("read"), "at": repr(at), "seed": seed,
         "neutral_prompts": len(prompts), "neutral": hashlib.sha256(repr(prompts).encode()).hexdigest()[:16],
         "tokens": tokens, "mlxsteer": version("mlxsteer"), "mlx": version("mlx"),
@@ -338,6 +173,13 @@ def select(
     }  # fmt: skip
     return Choice(vector, best.strengths, at, (measure, limit), tuple(candidates), evidence, correlation,
                   tuple(warnings), record, cost)  # fmt: skip
+
+
+def _glanced(layer: int, guess: tuple[float, float] | None, looks: float, vector: SteeringVector) -> Candidate:
+    """A layer that wasn't measured on all the choosing data: tried at a few strengths, or only read."""
+    factor, effect = guess or (np.nan, np.nan)
+    stage = "tried" if guess else "read"
+    return Candidate({layer: factor or np.nan}, effect, np.nan, looks, vector.agreement.get(layer, np.nan), stage)
 
 
 def _splits(
@@ -365,12 +207,6 @@ def _splits(
     if len(report) < 2:
         raise ValueError("an interval needs 2 pairs or more, and the report split has 1.")
     return given, given.split("train") if vector is None else PairSet(), given.split("choose"), report
-
-
-def _wanted(model: InterpretableModel, vector: SteeringVector, layers: str | int | Sequence[int]) -> list[int]:
-    if isinstance(layers, str) and layers == "all":
-        return list(vector)
-    return places(model, vector.site, layers)[1]
 
 
 def _token_count(model: InterpretableModel, pairs: Iterable[ContrastPair], chat: bool) -> int:
@@ -408,22 +244,24 @@ class _Bench:
     ) -> None:
         self.model, self.vector, self.at, self.measure, self.limit = model, vector, at, measure, limit
         options: dict[str, Any] = {"at": at, "chat": chat, "batch_tokens": batch_tokens}
-        some_prompts, some_pairs = (_parted(values) if parts else [values] for values in (prompts, pairs))
-        self.references = [
-            Reference(model, part, tokens=tokens, variants=len(TRIED), **options) for part in some_prompts
-        ]
-        self.preferences = [Preferences(model, part, **options) for part in some_pairs]
+        self.reference = Reference(model, prompts, tokens=tokens, variants=len(TRIED), **options)
+        # The first look is at the first tokens behind every prompt: prompts differ more in how much they are disturbed
+        # than tokens do, and where one token is steered, most of it shows at once.
+        self.glance = self.reference.shortened(max(2, tokens // 6)) if parts and tokens > 2 else self.reference
+        self._longer: float | None = None
+        self.preferences = [Preferences(model, part, **options) for part in (_parted(pairs) if parts else [pairs])]
         self.others = [Preferences(model, others, **options) for others in leave.values()]
 
     @property
     def block_tokens(self) -> int:
         """Tokens times blocks that ran so far."""
-        each: list[Reference | Preferences] = [*self.references, *self.preferences, *self.others]
+        each: list[Reference | Preferences] = [self.reference, *self.preferences, *self.others]
+        each += [self.glance] if self.glance is not self.reference else []
         return sum(one.block_tokens for one in each)
 
     def divergence(self, edits: Sequence[tuple[Site, Intervention]]) -> Divergence:
         """KL(base ‖ steered) on all neutral text."""
-        return Divergence.of(np.concatenate([one.per_token(edits) for one in self.references]))
+        return Divergence.of(self.reference.per_token(edits))
 
     def edits(self, strengths: Mapping[int, float], factor: Any) -> list[tuple[Site, Intervention]]:
         made = self.vector.at(dict(strengths), factor, self.at, unit="residual")
@@ -455,7 +293,7 @@ class _Bench:
         factor: float | None = None
         if guesses:
             factor, effect = self.tried(relative)
-            if effect <= 1.05 * max(guesses[layer][1] for layer in relative):
+            if effect <= 1.1 * max(guesses[layer][1] for layer in relative):
                 return [
                     Candidate({k: factor * v for k, v in relative.items()}, effect, np.nan, np.nan, np.nan, "tried")
                 ]
@@ -467,10 +305,22 @@ class _Bench:
         def make(rows: list[float]) -> list[tuple[Site, Intervention]]:
             return self.edits(relative, rows)
 
-        some, few = self.references[0], self.preferences[0]
-        spent = [measured(Divergence.of(row), self.measure) for row in some.dose(make, TRIED)]
-        factor = _crossing(TRIED, spent, self.limit)
-        return factor, self._net(self.edits(relative, factor), [few])
+        seen = [measured(Divergence.of(row), self.measure) for row in self.glance.dose(make, TRIED)]
+        factor = _crossing(TRIED, [self._whole(spent) for spent in seen], self.limit)
+        return factor, self._net(self.edits(relative, factor), self.preferences[:1])
+
+    def _whole(self, glanced: float) -> float:
+        """What the first tokens say is spent, as all tokens would say it: in the ratio that one late layer has."""
+        if self.glance is self.reference:
+            return glanced
+        if self._longer is None:
+            layers = self.vector.layers
+            late = {layers[3 * len(layers) // 4]: 1.0}  # where few blocks are left to run
+            edits = self.edits(late, TRIED[1])
+            whole, first = (measured(Divergence.of(one.per_token(edits)), self.measure)
+                            for one in (self.reference, self.glance))  # fmt: skip
+            self._longer = whole / first if first else 1.0
+        return glanced * self._longer
 
 
 def _crossing(strengths: Sequence[float], spent: Sequence[float], limit: float) -> float:
@@ -522,36 +372,3 @@ def _evidence(
         bench.divergence(bench.edits(best.strengths, 1.0)),
         len(report),
     )
-
-
-def _warnings(vector: SteeringVector, best: Candidate, found: Evidence, measure: str, limit: float) -> list[str]:
-    """What speaks against relying on a choice, in words."""
-    said = []
-    if not found.shift.excludes(0.0) or found.shift.value <= 0:
-        said.append(f"no evidence that this steers: the shift on held-out pairs is {found.shift} nats.")
-    elif found.nulls and found.p_value >= 0.05 and max(found.nulls) < found.shift.value:
-        said.append(f"{counted(len(found.nulls), 'random vector')} can't tell whether the direction matters: take 20.")
-    elif found.nulls and found.p_value >= 0.05:
-        said.append(
-            "no evidence that the direction matters: random vectors of its length do as much "
-            f"(p = {found.p_value:.2f})."
-        )
-    if found.curve.anti_steerable > 0.25:
-        said.append(f"{found.curve.anti_steerable:.0%} of the held-out pairs are moved the wrong way.")
-    for layer in best.strengths:
-        agreement, reliability = vector.agreement.get(layer), vector.reliability.get(layer)
-        if agreement is not None and agreement < 0.1:
-            said.append(f"the pairs' differences hardly agree at layer {layer} (mean cosine {agreement:.2f}).")
-        if reliability is not None and reliability < 0.9:
-            said.append(
-                f"another half of the data would give another vector at layer {layer} (split-half cosine "
-                f"{reliability:.2f}): more or clearer pairs are needed."
-            )
-    train = vector.info.get("pairs")
-    if isinstance(train, int) and train < 80:
-        said.append(f"the vector is made of {counted(train, 'pair')}; from 80 on they are usually reliable.")
-    if found.pairs < 16:
-        said.append(f"the report split has {counted(found.pairs, 'pair')}: its interval is not to be relied on.")
-    if best.spent < 0.95 * limit:
-        said.append(f"the budget isn't spent: {measure} reaches {best.spent:.3g} of {limit:g} at most.")
-    return said

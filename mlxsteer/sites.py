@@ -12,7 +12,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -79,13 +79,14 @@ class SiteMap:
 
     Args:
         model: the top module, as mlx-lm builds it (it has `layers`).
+        encode: text to token ids without special ones, where there is a tokenizer.
 
     Raises:
         UnsupportedModel: the model has no list of blocks, or its family can't be hooked.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module, encode: Callable[[str], list[int]] | None = None) -> None:
+        self.model, self.encode = model, encode
         self.model_type: str | None = getattr(model, "model_type", None)
         self.family = families.family(self.model_type)
         if self.family.refusal:

@@ -11,20 +11,48 @@ from __future__ import annotations
 
 import copy
 import functools
+import hashlib
+import json
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from typing import Any
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, TypeAlias
 
 import mlx.core as mx
+import numpy as np
 
-from mlxsteer.interventions.base import Intervention, as_intervention, number
-from mlxsteer.positions import Prompt, Tokens
+from mlxsteer.interventions.base import Intervention, as_intervention, number, settled
+from mlxsteer.interventions.gates import Keep, gates
+from mlxsteer.positions import Position, PositionError, Prompt, Tokens, forget, rewind
 from mlxsteer.sites import Site, SiteMap
 
 
 class SteeredCacheError(ValueError):
     """A prompt cache filled under one steering was given to a model that isn't steered so."""
+
+
+class PartlySteered(UserWarning):
+    """A steering goes on from a prompt cache that holds some of its positions already, filled without it."""
+
+
+PartStrength: TypeAlias = "float | tuple[float, ...] | None"
+"""A number, or one per row; None where it can't be read (inside a transformation)."""
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a steering does at one place, as data.
+
+    Attributes:
+        key: the place.
+        fingerprint: of the intervention, whatever its strength.
+        parts: names of the elementary interventions in it.
+    """
+
+    key: str
+    fingerprint: str
+    parts: tuple[str, ...]
 
 
 @dataclass(eq=False)
@@ -66,18 +94,38 @@ class Steering:
         for key, value in interventions.items():
             if not isinstance(key, str):
                 raise TypeError(f"a key is a string such as 'layers.5.mlp', not {key!r}.")
-            intervention = as_intervention(value)
+            intervention = as_intervention(value).bound(sites.encode)
             for site in sites.expand(key):
                 width = sites.width(site)
                 if width is not None:
                     intervention.check(width, site.key)
                 edits.append((site, intervention))
-        return cls(tuple(edits), name=name)
+        _check_order(sites, edits)
+        return cls((*_read_elsewhere(sites, edits), *edits), name=name)
 
     @functools.cached_property
+    def said(self) -> tuple[Said, ...]:
+        """What it does at each of its places, as data, whatever its strength."""
+        return tuple(
+            Said(site.key, _kind(edit), tuple(part.name for part, _ in _leaves(edit))) for site, edit in self.edits
+        )
+
+    @property
     def fingerprint(self) -> tuple[tuple[str, str], ...]:
-        """What it does, as (key, intervention's fingerprint) pairs: equal for steerings that do the same."""
-        return tuple((site.key, intervention.fingerprint) for site, intervention in self.edits)
+        """What it does, as (key, fingerprint) pairs: equal for steerings that do the same, however strongly."""
+        return tuple((said.key, said.fingerprint) for said in self.said)
+
+    @functools.cached_property
+    def own_strengths(self) -> tuple[PartStrength, ...]:
+        """The strength of each part of its interventions, before the multiplier."""
+        return tuple(_own(part, times) for _, edit in self.edits for part, times in _leaves(edit))
+
+    @classmethod
+    def remembered(cls, name: str, said: Sequence[Said]) -> Steering:
+        """A steering that a file tells of: it can be compared with others, and acts nowhere itself."""
+        made = cls((), name=name)
+        made.__dict__["said"] = tuple(said)
+        return made
 
     def row(self, index: int) -> Steering:
         """What it does to one row of a batch."""
@@ -90,6 +138,87 @@ class Steering:
         for _, intervention in self.edits:
             for part in intervention.parts():
                 yield part.at
+
+
+def _read_elsewhere(sites: SiteMap, edits: Sequence[tuple[Site, Intervention]]) -> Iterator[tuple[Site, Intervention]]:
+    """What keeps the activations that gates read elsewhere than where they act, each as the steering finds it."""
+    keys = {r.key: r for _, edit in edits for gate in gates(edit) for r in gate.readings() if r.key is not None}
+    for key, reading in keys.items():
+        site = sites.resolve(key)
+        width = sites.width(site)
+        if width is not None and width != reading.vector.size:
+            raise ValueError(f"{reading}: the vector has width {reading.vector.size}, {site.key} has {width}.")
+        yield site, Keep(key)
+
+
+def _check_order(sites: SiteMap, edits: Sequence[tuple[Site, Intervention]]) -> None:
+    """Refuse a gate that reads a layer behind its own, before anything runs.
+
+    Raises:
+        ValueError: with both places.
+    """
+    for site, edit in edits:
+        for key in (r.key for gate in gates(edit) for r in gate.readings() if r.key is not None):
+            read = sites.resolve(key)
+            if site.layer is not None and read.layer is not None and read.layer > site.layer:
+                raise ValueError(
+                    f"the gate at {site.key} reads {read.key}, which runs after it: read an earlier place."
+                )
+
+
+def _leaves(intervention: Intervention, times: float = 1.0) -> Iterator[tuple[Intervention, float]]:
+    """The elementary interventions in one, each with what those around it multiply its strength by."""
+    inner = []
+    for name in (f.name for f in fields(intervention) if f.init):
+        value = getattr(intervention, name)
+        inner += [v for v in (value if isinstance(value, (list, tuple)) else (value,)) if isinstance(v, Intervention)]
+    if not inner:
+        yield from ((part, times) for part in intervention.parts())
+    own = intervention.strength if isinstance(intervention.strength, float) else 1.0
+    for one in inner:
+        yield from _leaves(one, times * own)
+
+
+def _own(part: Intervention, times: float) -> PartStrength:
+    own: Any = part.strength
+    if isinstance(own, mx.array):
+        if not settled(own):
+            return None
+        own = own.tolist()
+    return tuple(times * float(s) for s in own) if isinstance(own, (list, tuple)) else times * float(own)
+
+
+def _times(own: PartStrength, multiplier: float) -> PartStrength:
+    if own is None:
+        return None
+    return tuple(s * multiplier for s in own) if isinstance(own, tuple) else own * multiplier
+
+
+def _kind(intervention: Intervention) -> str:
+    """The fingerprint of what an intervention does, whatever its strength; with it where it can't be data."""
+    try:
+        spec, tensors = intervention.to_spec()
+    except ValueError:
+        return intervention.fingerprint
+    used: list[str] = []
+    digest = hashlib.sha256(json.dumps(_without_strength(spec, used), sort_keys=True).encode())
+    for name in sorted(used):
+        digest.update(f"{name} {tensors[name].shape}".encode())
+        digest.update(np.array(tensors[name].astype(mx.float32)).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _without_strength(spec: Any, used: list[str]) -> Any:
+    """An intervention's data without its strengths; the names of the tensors in it are entered in `used`."""
+    if isinstance(spec, list):
+        return [_without_strength(item, used) for item in spec]
+    if not isinstance(spec, dict):
+        return spec
+    if set(spec) == {"tensor"}:
+        used.append(spec["tensor"])
+    if "intervention" in spec:
+        spec = {**spec, "parameters": {k: v for k, v in spec["parameters"].items() if k != "strength"}}
+    return {name: _without_strength(value, used) for name, value in spec.items()}
 
 
 @dataclass(eq=False)
@@ -107,6 +236,13 @@ class Row:
         single: how many forwards of one token in a row were followed by such a read. A generator's prompt ends with
             at most one; a loop that evaluates its cache at every step makes more.
         width: number of tokens of the last forward.
+        memory: what gates and spans remember of the sequence; see `Tokens.remember`.
+        passed: the plan that has seen that it may steer the row as it is.
+        clean: number of its first tokens that the model has seen without any steering.
+        tokens: the ids of its first tokens, as far as they are known.
+        history: (number of tokens seen, strengths of every steering's parts), where they began to be so.
+        met, multipliers: the steerings of the last forward and their multipliers, to see a change at little cost.
+        broken: a forward over it was broken off halfway.
     """
 
     steerings: tuple[Steering, ...] | None = None
@@ -117,9 +253,129 @@ class Row:
     begun: bool = False
     single: int = 0
     width: int = 0
+    memory: dict[Any, Any] = field(default_factory=dict)
+    passed: Any = None
+    clean: int = 0
+    tokens: tuple[int, ...] = ()
+    history: tuple[tuple[int, tuple[tuple[PartStrength, ...], ...]], ...] = ()
+    met: tuple[Steering, ...] | None = None
+    multipliers: list[float] | None = None
+    broken: bool = False
 
     def copy(self) -> Row:
-        return replace(self)
+        memory = {name: dict(kept) if isinstance(kept, dict) else kept for name, kept in self.memory.items()}
+        return replace(self, memory=memory)
+
+    @property
+    def steered(self) -> bool:
+        """Whether the model has seen any of its tokens under the steering that it carries."""
+        return self.seen > self.clean
+
+    def known(self) -> list[int] | None:
+        """The ids of all tokens that the model has seen of it, where they are known."""
+        return list(self.tokens[: max(self.seen, 0)]) if len(self.tokens) >= self.seen else None
+
+    def note(self, stacklevel: int) -> None:
+        """Before a forward: check a steering that is new to the row, and enter in its history under which strengths.
+
+        Raises:
+            SteeredCacheError: a forward was broken off.
+            PositionError: see `_meet`.
+        """
+        if self.broken:
+            raise SteeredCacheError(
+                "a forward over this prompt cache was broken off halfway, and left it damaged: start another."
+            )
+        steerings = self.steerings or ()
+        multipliers = [s.strength for s in steerings]
+        if steerings is self.met and multipliers == self.multipliers:
+            return
+        if steerings is not self.met:
+            try:
+                self._meet(steerings, stacklevel + 1)
+            except PositionError:
+                self._free()  # nothing has run: another one may come
+                raise
+        self.met, self.multipliers = steerings, multipliers
+        strengths = tuple(tuple(_times(own, s.strength) for own in s.own_strengths) for s in steerings)
+        # a forward that was broken off has left an entry for the same token
+        earlier = tuple(entry for entry in self.history if entry[0] < self.seen)
+        if steerings and (not earlier or earlier[-1][1] != strengths):
+            self.history = (*earlier, (self.seen, strengths))
+
+    def _meet(self, steerings: Sequence[Steering], stacklevel: int) -> None:
+        """Look every position up before anything runs: a forward broken off halfway would leave its cache damaged.
+
+        Raises:
+            PositionError: one means nothing for this row, or lies wholly in what the cache holds already, filled clean.
+        """
+        for _, edit in (edit for steering in steerings for edit in steering.edits):
+            if any(gate.per == "prompt" for gate in gates(edit)):
+                self.prompt.needed("when(...)", "")
+        missed: dict[str, list[str]] = {}
+        for site, edit in (edit for steering in steerings if steering.strength for edit in steering.edits):
+            for part in edit.parts():
+                if not isinstance(part.strength, float) or part.strength:
+                    missed.setdefault(self._missed(part), []).append(f"{part.name} at {site.key}")
+        missed.pop("", None)
+        for said, names in missed.items():
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            warnings.warn(f"{names[0]}{more}: {said}", PartlySteered, stacklevel + 1)
+
+    def _missed(self, part: Intervention) -> str:
+        """What of an intervention's positions lies in the clean part of a cache, as a sentence; empty for nothing.
+
+        Nothing is said of ``"all"``: from here on.
+        """
+        spans = [span for span in self.prompt.ranges(part.at) if span]
+        if not 0 < self.seen <= self.clean or not any(span[0] < self.clean for span in spans):
+            return ""
+        if part.schedule is not None:
+            tokens = Tokens([0], [self.clean], self.clean, [self.prompt])
+            if not tokens.marks(0, part.at, part.schedule).any():
+                return ""
+        at = f"at={part.at.written()!r}"
+        held = f"the {self.clean} tokens that this prompt cache holds, filled without it"
+        if not any(span[-1] >= self.clean for span in spans):
+            raise PositionError(
+                f"{part.name}: {at} lies wholly within {held}: start a new cache, or name later positions."
+            )
+        everything = part.at == Position.of("all")
+        return "" if everything else f"{at} also means some of {held}; it acts from token {self.clean} on."
+
+    def _free(self) -> None:
+        """Let any steering come, or none, where nothing is left that one has done."""
+        if not self.steered:
+            self.steerings, self.passed, self.met, self.memory = None, None, None, {}
+            self.prompt, self.told, self.read, self.single = Prompt(), False, False, 0
+            self.begun = self.seen > 0
+
+    def trim(self, count: int) -> None:
+        """Forget so many of its last tokens."""
+        self.seen -= count
+        rewind(self.memory, count)
+        if self.seen <= 0:
+            self.memory.clear()
+        elif self.prompt.length is not None and self.seen < self.prompt.length:
+            forget(self.memory)
+        self.clean, self.tokens = min(self.clean, max(self.seen, 0)), self.tokens[: max(self.seen, 0)]
+        self.history, self.multipliers = tuple(entry for entry in self.history if entry[0] < self.seen), None
+        self._free()
+        if self.steered and not self.told and not self.read and self.prompt.length is None:
+            self.prompt = Prompt(mixed=True)  # drafts were verified together with the prompt's last token
+
+
+def _arrays(memory: Mapping[Any, Any]) -> Iterator[mx.array]:
+    """What gates and spans remember of a row."""
+    for kept in memory.values():
+        if isinstance(kept, dict):
+            yield from _arrays(kept)
+        elif isinstance(kept, tuple) and isinstance(kept[0], mx.array):
+            yield kept[0]
+
+
+_CALLER = 5
+"""The stack level of whoever called the model, seen from `SteeringState.begin`."""
 
 
 class SteeringState:
@@ -132,6 +388,11 @@ class SteeringState:
     def __init__(self, rows: Sequence[Row]) -> None:
         self.rows = list(rows)
         self._lengths: list[int] | None = None  # real tokens still to come, during a right-padded prefill
+
+    @property
+    def padded(self) -> bool:
+        """Whether rows of several lengths are being filled, padded at the end."""
+        return self._lengths is not None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SteeringState:
         copied = SteeringState([row.copy() for row in self.rows])  # steerings are shared, never copied
@@ -153,7 +414,11 @@ class SteeringState:
                 # before is the prompt; several are the next turn's prompt.
                 length = row.prompt.length if row.prompt.length is not None else row.seen
                 row.prompt = Prompt(length if width == 1 else None, row.prompt.tokens, row.prompt.decode)
-        return Tokens([r.seen for r in self.rows], self._real(width), width, [r.prompt for r in self.rows])
+        for row in self.rows:
+            row.note(_CALLER)
+        tokens = Tokens([r.seen for r in self.rows], self._real(width), width, [r.prompt for r in self.rows])
+        tokens.memory = [row.memory for row in self.rows]
+        return tokens
 
     def end(self, width: int) -> None:
         """A forward of `width` tokens has run."""
@@ -164,6 +429,11 @@ class SteeringState:
         if self._lengths is not None:
             self._lengths = [max(0, n - width) for n in self._lengths]
 
+    def break_off(self) -> None:
+        """A forward was broken off: some layers' caches may hold its tokens, others not."""
+        for row in self.rows:
+            row.broken = True
+
     def _real(self, width: int) -> list[int]:
         return [width] * len(self.rows) if self._lengths is None else [min(width, n) for n in self._lengths]
 
@@ -172,6 +442,9 @@ class SteeringState:
             if row.begun and not row.read:
                 row.single = row.single + 1 if row.width == 1 else 0
             row.read = True
+        # Whoever reads a cache evaluates it: what is remembered too, else it would hold on to a whole forward's graph.
+        with suppress(ValueError, RuntimeError):  # inside a transformation nothing can be evaluated
+            mx.async_eval([array for row in self.rows for array in _arrays(row.memory)])
 
     def extend(self, other: SteeringState) -> None:
         self.rows += other.rows
@@ -192,9 +465,11 @@ class SteeringState:
 
     def trim(self, count: int) -> None:
         for row in self.rows:
-            row.seen -= count
-            if not row.told and not row.read and row.prompt.length is None:
-                row.prompt = Prompt(mixed=True)  # drafts were verified together with the prompt's last token
+            row.trim(count)
+
+
+STEERED = "Steered"
+"""What the class names of steered caches begin with."""
 
 
 # -- on a cache ----------------------------------------------------------------------------------------------------
@@ -212,11 +487,27 @@ def state_of(cache: Sequence[Any] | None) -> SteeringState | None:
 
 def ride(cache: Any, state: SteeringState) -> Any:
     """Put a state on one cache object; its class becomes a generated subclass of its own."""
+    _forget(cache)
     if not hasattr(type(cache), "_carried"):
         cls: Any = type(cache)
         cache.__class__ = _carrier_class(cls)
     cache.steering_state, cache._open = state, False
     return cache
+
+
+def remember(cache: Any, tokens: Sequence[int]) -> None:
+    """Let one cache object, filled without steering, know by which tokens, until somebody else fills it further."""
+    _forget(cache)
+    cls: Any = type(cache)
+    if cls.__module__ == "mlx_lm.models.cache":  # a model's own class may be filled by methods that we don't know
+        cache.__class__ = _remembering_class(cls)
+        cache.filled_by = tuple(tokens)
+
+
+def _forget(cache: Any) -> None:
+    if hasattr(type(cache), "_remembers"):
+        cache.__class__ = type(cache)._remembers
+        cache.__dict__.pop("filled_by", None)
 
 
 @contextmanager
@@ -229,24 +520,31 @@ def opened(cache: Any) -> Iterator[None]:
         cache._open = before
 
 
-def fresh_rows(cache: Sequence[Any], count: int) -> list[Row]:
+def fresh_rows(cache: Sequence[Any], count: int, told: Sequence[int] = ()) -> list[Row]:
     """Rows for a cache that carries no state yet, empty or filled without steering.
+
+    Args:
+        cache: a prompt cache.
+        count: how many rows it has.
+        told: the tokens that it holds, if somebody says so.
 
     Raises:
         SteeredCacheError: it has been filled, and doesn't say with how many tokens (a state-space model's).
     """
     entries = [c for c in cache if c is not None]
     offset = next((c.offset for c in entries if hasattr(c, "offset")), None)
+    first = carrier(cache)
+    tokens = first.filled_by if count == 1 and hasattr(type(first), "_remembers") else tuple(told)
     if offset is None:
-        if any(not c.empty() for c in entries):
+        if not tokens and any(not c.empty() for c in entries):
             raise SteeredCacheError(
                 "this prompt cache was filled before, and a state-space cache doesn't say with how many tokens: start "
-                "a new cache under the steering."
+                "a new cache under the steering, or tell model.generate the tokens that it holds, cached_tokens=."
             )
-        offset = 0
+        offset = len(tokens)
     offsets: Any = offset.reshape(-1).tolist() if isinstance(offset, mx.array) else [offset] * count
     # an offset below 0 counts left padding: position 0 is the first real token, and padding lies before it
-    return [Row(seen=int(n), begun=n > 0) for n in offsets]
+    return [Row(seen=int(n), begun=n > 0, clean=max(int(n), 0), tokens=tokens) for n in offsets]
 
 
 def _other_state(cache: Any) -> SteeringState:
@@ -265,10 +563,13 @@ def _guard(base: type, name: str) -> Callable[..., Any]:
     @functools.wraps(method)
     def guarded(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not self._open:
-            raise SteeredCacheError(
-                "this prompt cache was filled under steering, and the model that reads it now is not steered so: "
-                "use it with the same interventions, or start a new cache."
-            )
+            if any(row.steerings is not None or row.broken for row in self.steering_state.rows):
+                raise SteeredCacheError(
+                    "this prompt cache was filled under steering, and the model that reads it now is not steered so: "
+                    "use it with the same interventions, or start a new cache."
+                )
+            self.__class__ = self._carried  # a clean one, of which a steering was refused or trimmed away
+            del self.steering_state
         return method(self, *args, **kwargs)
 
     return guarded
@@ -292,9 +593,60 @@ def _mirror(base: type, name: str) -> Callable[..., Any]:
     return mirrored
 
 
+def _made(cls: type, values: Mapping[str, Any]) -> Any:
+    made: Any = object.__new__(cls)
+    made.__dict__.update(values)
+    return made
+
+
+@functools.cache
+def _remembering_class(base: type) -> type:
+    """A subclass of a cache class that knows the tokens it holds, and is its base again once anybody fills it."""
+
+    def changing(name: str) -> Callable[..., Any]:
+        method = getattr(base, name)
+
+        @functools.wraps(method)
+        def changed(self: Any, *args: Any, **kwargs: Any) -> Any:
+            _forget(self)
+            return method(self, *args, **kwargs)
+
+        return changed
+
+    def trim(self: Any, count: int) -> Any:
+        done = base.trim(self, count)  # type: ignore[attr-defined]
+        self.filled_by = self.filled_by[: len(self.filled_by) - done]
+        return done
+
+    def set_state(self: Any, value: Any) -> None:
+        _forget(self)
+        self.state = value
+
+    def reduced(self: Any, protocol: Any) -> Any:  # a pickle is of the cache's own class
+        values = {name: value for name, value in self.__dict__.items() if name != "filled_by"}
+        return _made, (base, values)
+
+    members: dict[str, Any] = {"_remembers": base, "__module__": base.__module__, "__qualname__": base.__qualname__}
+    members["filled_by"] = ()
+    members["state"] = property(base.state.fget, set_state)  # type: ignore[attr-defined]
+    members["__copy__"] = lambda self: _made(type(self), self.__dict__)
+    members["__deepcopy__"] = lambda self, memo: _made(type(self), copy.deepcopy(self.__dict__, memo))
+    members["__reduce_ex__"] = reduced
+    for name in ("update_and_fetch", "__getitem__", "__setitem__", "extend", "filter", "prepare", "finalize"):
+        if hasattr(base, name):  # what CacheList gives out is filled by others
+            members[name] = changing(name)
+    if hasattr(base, "trim"):
+        members["trim"] = trim
+    return type(base.__name__, (base,), members)
+
+
 @functools.cache
 def _carrier_class(base: type) -> type:
-    """A subclass of a cache class that keeps a `SteeringState` in step with it."""
+    """A subclass of a cache class that keeps a `SteeringState` in step with it.
+
+    It goes by a name of its own, by which mlx-lm's loader refuses a file that mlx-lm's own `save_prompt_cache` wrote of
+    a steered cache: what steered it isn't in there.
+    """
 
     def merge(cls: type, caches: Sequence[Any]) -> Any:
         states = [_other_state(c) for c in caches]
@@ -312,8 +664,7 @@ def _carrier_class(base: type) -> type:
         return ride(merged, SteeringState(rows))
 
     def duplicate(self: Any) -> Any:
-        copied = object.__new__(type(self))
-        copied.__dict__.update(self.__dict__)
+        copied = _made(type(self), self.__dict__)
         copied.steering_state = copy.copy(self.steering_state)
         return copied
 
@@ -346,4 +697,4 @@ def _carrier_class(base: type) -> type:
     for name, method in (("merge", classmethod(merge)), ("extract", extract), ("to_quantized", to_quantized)):
         if hasattr(base, name):
             members[name] = method
-    return type(base.__name__, (base,), members)
+    return type(f"{STEERED}{base.__name__}", (base,), members)

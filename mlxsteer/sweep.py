@@ -23,11 +23,13 @@ from mlxsteer.hooks import residents, surrounding
 from mlxsteer.interventions import create
 from mlxsteer.interventions.base import Intervention, number
 from mlxsteer.interventions.files import as_json
+from mlxsteer.interventions.gates import looks_back
 from mlxsteer.interventions.registry import registered
 from mlxsteer.model import InterpretableModel
 from mlxsteer.positions import At, Position, after
 from mlxsteer.progress import Step, reporting
 from mlxsteer.questions import Metric, Question, groups, question_of
+from mlxsteer.steering import Steering
 from mlxsteer.vectors import SteeringVector
 
 Maker: TypeAlias = "str | Callable[[mx.array, list[float]], Intervention]"
@@ -147,7 +149,7 @@ class Sweep:
         return made
 
     def plot(self, path: str | Path | None = None) -> Any:
-        """A heat map of the mean effect, and the dose–response of each layer; a matplotlib figure.
+        """A heat map of the mean effect, and the dose–response of each layer with intervals; a matplotlib figure.
 
         Args:
             path: also write it there, as PNG, PDF or SVG by suffix.
@@ -190,7 +192,7 @@ def _directions(
     if vector.positions is not None:
         raise ValueError("this vector has a direction per position; a sweep takes one direction per layer.")
     vector.check(model)
-    wanted = chosen_layers(vector, layers)
+    wanted = chosen_layers(model, vector, layers)
     if unit == "residual" and not vector.residual_norms:
         raise ValueError("unit='residual' needs the layers' norms, and these directions come without: unit='raw'.")
     for layer in wanted:
@@ -198,25 +200,36 @@ def _directions(
     return vector, wanted
 
 
-def chosen_layers(vector: SteeringVector, layers: Any) -> list[int]:
-    """``"all"``, a layer, or several, as numbers of layers that the vector has.
+def chosen_layers(model: InterpretableModel, vector: SteeringVector, layers: Any) -> list[int]:
+    """``"all"``, a layer, or several, as numbers of layers that the vector has, in the order given.
+
+    Args:
+        model: the model, from whose last layer negative numbers count.
+        vector: the vector.
+        layers: what was asked for.
 
     Raises:
-        TypeError, ValueError: they are none, none at all, or named twice.
+        ValueError: they are none, none at all, or named twice.
         KeyError: the vector lacks one.
     """
     if isinstance(layers, str) and layers == "all":
         return list(vector)
-    several = not isinstance(layers, (str, bytes)) and np.iterable(layers)
+    if isinstance(layers, (np.ndarray, mx.array)):
+        layers = layers.tolist()
+    several = isinstance(layers, Iterable) and not isinstance(layers, (str, bytes, Mapping))
     given: list[Any] = list(layers) if several else [layers]
-    whole = [layer for layer in given if isinstance(layer, (int, np.integer)) and not isinstance(layer, bool)]
-    if len(whole) < len(given) or not given or len(set(whole)) < len(whole):
+    count = len(model.layers)
+    whole = [one for one in given if isinstance(one, (int, np.integer)) and not isinstance(one, bool)]
+    chosen = [int(one) + count * (one < 0) for one in whole]
+    if len(whole) < len(given) or not given or len(set(chosen)) < len(chosen):
         raise ValueError(
             f"layers are 'all', a layer, or a list of different layers of {vector.layers}, not {layers!r}."
         )
-    for layer in whole:
-        vector[int(layer)]  # refuses one that it lacks
-    return [int(layer) for layer in whole]
+    if (least := min(whole)) < -count:
+        raise ValueError(f"there is no layer {least}: the model has {count}, from 0 to {count - 1}.")
+    for layer in chosen:
+        vector[layer]  # refuses one that it lacks
+    return chosen
 
 
 def _maker(
@@ -293,7 +306,7 @@ def sweep(
         model: the model.
         vector: one direction per layer, or a dict from layers to directions.
         pairs: contrast pairs; or prompts (texts, token ids, chats), with a metric for prompts.
-        layers: which layers, or ``"all"`` that the vector has.
+        layers: which layers, negative ones counted from the model's last; or ``"all"`` that the vector has.
         strengths: in the unit.
         at: which tokens; a pair's prompt is the prompt, its completion counts as generated.
         unit: ``"residual"``: a strength of 1 adds the direction with the layer's median norm, so that strengths mean
@@ -330,8 +343,9 @@ def sweep(
     question = question_of(model, pairs, metric, normalize, chat)
     position = Position.of(at)
     make = _maker(intervention, chosen, at, unit)
-    for layer in wanted:
-        check_positions(make(layer, [1.0]), layer, at)
+    tried = {layer: make(layer, [1.0]) for layer in wanted}
+    for layer, one in tried.items():
+        check_positions(one, layer, at)
     prompts = len(question.texts) // (1 + question.pairs)
     if checkpoint is not None:
         _check_checkpoint(model, checkpoint)
@@ -348,6 +362,8 @@ def sweep(
     moving = [i for i, s in enumerate(strong) if s]
     texts = list(zip(question.texts, question.needed, strict=True))
     check_touched(model, texts, [position], at)
+    if any(map(looks_back, tried.values())):  # spans and means see what isn't edited, too
+        position = Position.of("all")
     firsts = [first_edited(model, *one, position) if shares(model) else 0 for one in texts]
     grouped = list(groups(question, firsts, len(moving), batch_tokens, alone=not model._sites.family.batch))
     with reporting(progress, "sweeping") as step:
@@ -399,7 +415,8 @@ def _sweep_group(
             found = []
             for one, rows, score in passes:
                 each = [made.strengths[j] for j in some for _ in rows]
-                found.append(one.edited([(site, make(layer, each))], len(some), score))
+                edits = Steering.of(model._sites, {site.key: make(layer, each)}).edits
+                found.append(one.edited(edits, len(some), score))
             made.effect[np.ix_([i], some, group)] = part.effect(np.concatenate(found, axis=1))[None]
         step(i + 1)
 

@@ -17,7 +17,7 @@ import numpy as np
 from mlxsteer.interventions import AddSequence, AddVector
 from mlxsteer.interventions.base import Intervention, number, settled, tensor
 from mlxsteer.model import InterpretableModel
-from mlxsteer.pairs import hint
+from mlxsteer.pairs import PAIR_HASHES, hint
 from mlxsteer.positions import At
 from mlxsteer.reading import check_model
 
@@ -70,6 +70,10 @@ def _direction(value: Any, layer: int) -> mx.array:
     except (RuntimeError, TypeError, ValueError) as error:
         raise TypeError(f"{what} is an array or list of numbers, not {type(value).__name__}.") from error
     return tensor(value, what)
+
+
+_UNTOLD = ("agreement", "reliability", PAIR_HASHES)
+"""What `describe` has a column for, or nobody reads."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -242,7 +246,7 @@ class SteeringVector:
     def describe(self) -> str:
         """Where the vector comes from, and a table of its layers: length, residual norm, agreement, reliability."""
         told = {"site": self.site, **self.info}
-        lines = [f"{name}: {value}" for name, value in told.items() if name not in ("agreement", "reliability")]
+        lines = [f"{name}: {value}" for name, value in told.items() if name not in _UNTOLD]
         columns = [self.norms, self.residual_norms, self.agreement, self.reliability]
         names = ["layer", "length", "residual norm", "agreement", "reliability"]
         shown = [(name, column) for name, column in zip(names[1:], columns, strict=True) if column]
@@ -308,6 +312,8 @@ class SteeringVector:
         at: At = "all",
         *,
         unit: Literal["raw", "residual"] = "raw",
+        schedule: Any = None,
+        exclude: Any = None,
     ) -> dict[str, Intervention]:
         """A key dict that adds the vector.
 
@@ -319,6 +325,8 @@ class SteeringVector:
             unit: ``"raw"`` adds ``s·v``; ``"residual"`` adds ``s·r·v/‖v‖``, with r the layer's median norm, so that a
                 strength means the same at every layer and in every model. Of a vector that has a direction per
                 position, ‖v‖ is the longest one's length.
+            schedule: how the strength changes over generated tokens: ``decay(20)``, ``ramp(5)``, ``window(0, 30)``.
+            exclude: spans to leave alone, such as ``("<think>", "</think>")``.
 
         Raises:
             KeyError: the vector lacks a layer.
@@ -340,13 +348,16 @@ class SteeringVector:
             direction = self[layer] if unit == "raw" else self._in_residual_units(layer)
             strong = base * own if rows is None else [row * own for row in rows]
             if self.positions is None:
-                made[self.key(layer)] = AddVector(direction, strong, at=at)
+                made[self.key(layer)] = AddVector(direction, strong, at=at, schedule=schedule, exclude=exclude)
                 continue
-            if at not in ("all", "first"):
+            if at not in ("all", "first") or schedule is not None or exclude is not None:
                 raise ValueError(
-                    f"this vector has a direction for each of the first {self.positions} positions: no at=."
+                    f"this vector has a direction for each of the first {self.positions} positions: no at=, schedule= "
+                    "or exclude=."
                 )
             made[self.key(layer)] = AddSequence(direction, strong)
+        for intervention in made.values():  # so that an evaluation on the same pairs can say so
+            intervention._cache[PAIR_HASHES] = self.info.get(PAIR_HASHES)
         return made
 
     @staticmethod

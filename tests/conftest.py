@@ -21,3 +21,8 @@ def _give_memory_back() -> Iterator[None]:
     yield
     gc.collect()
     mx.clear_cache()
+
+
+def pytest_make_parametrize_id(config: pytest.Config, val: object, argname: str) -> str | None:
+    """Functions by name: their addresses differ from process to process, and so would the names of tests."""
+    return getattr(val, "__name__", None) if callable(val) else None

@@ -42,12 +42,12 @@ A, B = {"layers.1": iv.add_vector(vector(3))}, {"layers.2": iv.add_vector(vector
 def test_per_row_strengths_as_an_array_are_counted(model: InterpretableModel) -> None:
     uneven = {"layers.1": iv.add_vector(vector(), mx.array([1.0, 0.0]))}
     with pytest.raises(ValueError, match="2 strengths for 4 rows"):
-        model._row_steerings(uneven, 4)
+        model._row_steerings(uneven, [PROMPT] * 4)
     with pytest.raises(ValueError, match="one strength per row"):
         model.steer(uneven)
     with pytest.raises(ValueError, match="2 strengths for 3 rows"), model.trace([PROMPT] * 3, interventions=uneven):
         pass
-    first, second = model._row_steerings(uneven, 2)
+    first, second = model._row_steerings(uneven, [PROMPT] * 2)
     assert first is not None
     assert second is not None
     assert [s.edits[0][1].strength.item() for s in (first, second)] == [1.0, 0.0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import FrozenInstanceError, dataclass, fields, replace
+from dataclasses import FrozenInstanceError, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -979,6 +979,7 @@ def registered_examples() -> dict[str, iv.Intervention]:
         "patch": iv.replace_with(random((1, 3, 5), 1), align="start"),
         "sequence": iv.add_sequence(random((3, 5), 2), -0.5),
         "noise": iv.noise(0.7, 2**32 - 1),
+        "gate": iv.when(iv.cosine(random((5,), 3)) > 0.25, iv.zero_out(0.5)),
         "rotate": iv.rotate(TINY, random((5,), 4), -30, 0.3, relative=True),
         "slerp": iv.slerp(TINY, 0.2),
         "cap": iv.cap(TINY, -0.5, "above"),
@@ -997,7 +998,7 @@ def test_every_registered_operator_has_an_example_here() -> None:
 
 def same(a: Any, b: Any) -> bool:
     """Equal field by field, tensors bit for bit."""
-    if isinstance(a, iv.Intervention):
+    if is_dataclass(a):
         names = [f.name for f in fields(a) if f.init]
         return type(a) is type(b) and all(same(getattr(a, n), getattr(b, n)) for n in names)
     if isinstance(a, mx.array):

@@ -188,7 +188,7 @@ MEANINGS: list[tuple[Any, list[int]]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("at", "expected"), MEANINGS, ids=[str(at)[:30] for at, _ in MEANINGS])
+@pytest.mark.parametrize(("at", "expected"), MEANINGS, ids=[str(at)[:20] for at, _ in MEANINGS])
 def test_each_form_means_what_it_says(at: Any, expected: list[int]) -> None:
     tokens = Tokens([0], [9], 9, [Prompt(6, [1, 0, 1, 2, 0, 1], letters)])
     assert np.flatnonzero(tokens.marks(0, Position.of(at))).tolist() == expected

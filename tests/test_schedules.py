@@ -396,7 +396,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "window below 0": (lambda: iv.window(-1), ValueError, "start is a whole number from 0 on"),
     "window of nothing": (lambda: iv.window(3, 3), ValueError, "start 3 and stop 3 leave no token"),
     "composition": (
-        lambda: iv.Compose((iv.zero_out(),), schedule=iv.decay(2)), ValueError, "give at=, schedule= and per-row"
+        lambda: iv.Compose((iv.zero_out(),), schedule=iv.decay(2)), ValueError, "schedule=, exclude= and per-row"
     ),
 }  # fmt: skip
 

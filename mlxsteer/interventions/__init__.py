@@ -8,7 +8,9 @@ how the strength changes while a text is generated.
 import difflib
 
 from mlxsteer.interventions.base import Compose, Function, Intervention, compose
+from mlxsteer.interventions.conditions import Condition, cosine, inside, projection
 from mlxsteer.interventions.files import load, save
+from mlxsteer.interventions.gates import When, when
 from mlxsteer.interventions.operators import (
     Ablate,
     AddSequence,
@@ -38,6 +40,7 @@ from mlxsteer.interventions.operators import (
     zero_out,
 )
 from mlxsteer.interventions.registry import available, create, describe, register
+from mlxsteer.interventions.routes import route
 from mlxsteer.interventions.schedules import Schedule, decay, ramp, window
 from mlxsteer.positions import after
 
@@ -56,6 +59,7 @@ __all__ = [
     "Cap",
     "Clamp",
     "Compose",
+    "Condition",
     "Function",
     "Intervention",
     "MeanReplace",
@@ -65,6 +69,7 @@ __all__ = [
     "Scale",
     "Schedule",
     "Slerp",
+    "When",
     "ZeroOut",
     "ablate",
     "add_sequence",
@@ -75,19 +80,24 @@ __all__ = [
     "cap",
     "clamp",
     "compose",
+    "cosine",
     "create",
     "decay",
     "describe",
+    "inside",
     "load",
     "mean_replace",
     "noise",
+    "projection",
     "ramp",
     "register",
     "replace_with",
     "rotate",
+    "route",
     "save",
     "scale",
     "slerp",
+    "when",
     "window",
     "zero_out",
 ]

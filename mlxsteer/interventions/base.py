@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
@@ -13,8 +13,11 @@ import numpy as np
 
 from mlxsteer.positions import Position, Tokens
 
+_COMMON = ("at", "schedule", "exclude")
+"""Fields that every intervention has."""
 
-@dataclass(frozen=True, eq=False)
+
+@dataclass(eq=False, slots=True)  # not frozen: one is made at every place of every step, in half the time
 class Where:
     """Where an intervention finds itself: which tokens, which place, how strongly.
 
@@ -24,6 +27,7 @@ class Where:
         layer: the block it lies in, None outside the blocks.
         strength: a multiplier on the intervention's own strength (a named steering's).
         rows: which rows of the batch it acts on; None for all.
+        steering: a number of the steering that it is part of, so that gates read what their own steering kept.
     """
 
     tokens: Tokens
@@ -31,6 +35,7 @@ class Where:
     layer: int | None = None
     strength: float = 1.0
     rows: tuple[bool, ...] | None = None
+    steering: int | None = None
 
 
 def settled(x: mx.array) -> bool:
@@ -108,10 +113,12 @@ class Intervention:
         at: which tokens; see `mlxsteer.positions`.
         schedule: a factor on the strength that depends on how many generated tokens the model has read: `decay`,
             `ramp`, `window`, or a function; None for 1 throughout. See `mlxsteer.interventions.schedules`.
+        exclude: a span that is left alone, such as a model's thinking: its two markers, or `inside(opening, closing)`.
     """
 
     at: Any = field(default="all", kw_only=True)
     schedule: Any = field(default=None, kw_only=True)
+    exclude: Any = field(default=None, kw_only=True)
     _cache: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     name: ClassVar[str] = ""
@@ -126,6 +133,10 @@ class Intervention:
             from mlxsteer.interventions.schedules import Schedule
 
             self._set(schedule=Schedule.of(self.schedule))
+        if self.exclude is not None:
+            from mlxsteer.interventions.conditions import span
+
+            self._set(exclude=span(self.exclude))
 
     def _set(self, **values: Any) -> None:
         for name, value in values.items():
@@ -137,12 +148,14 @@ class Intervention:
                 return f"<{'×'.join(map(str, value.shape))}>" if value.ndim else f"{value.item():g}"
             return repr(value.written() if isinstance(value, Position) else value)
 
-        own = {f.name: getattr(self, f.name) for f in fields(self) if f.init and f.name not in ("at", "schedule")}
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.init and f.name not in _COMMON}
         shown = [f"{name}={short(value)}" for name, value in own.items()]
         if self.at != Position.of("all"):
             shown.append(f"at={short(self.at)}")
         if self.schedule is not None:
             shown.append(f"schedule={self.schedule}")
+        if self.exclude is not None:
+            shown.append(f"exclude={self.exclude}")
         return f"{type(self).__name__}({', '.join(shown)})"
 
     # -- what subclasses say -----------------------------------------------------------------------------------
@@ -165,22 +178,26 @@ class Intervention:
             PositionError: `at` or `schedule` needs the prompt, and it is unknown.
         """
         strength, rows = self._resolve_strength(x, where)
+        excluded = self.exclude.marks(where.tokens) if self.exclude is not None else None
         touched = where.tokens.touched(self.at, rows, self.schedule)
         if touched is False:
             return x
+        if excluded is not None:
+            touched = ~excluded if touched is True else touched & ~excluded
         if self.schedule is not None:
             strength = self._scheduled(strength, x, where, rows)
-        if ("fits", x.shape[2:]) not in self._cache:
-            self.check(x.shape[-1], where.key)
+        shape = x.shape
+        if self._cache.get("shape") != shape:
+            self.check(shape[-1], where.key)
             self._check_axes(x.ndim - 2, where.key)
-            self._cache["fits", x.shape[2:]] = True
+            self._cache["shape"] = shape
         y = self.formula(x, strength, where)
         if not isinstance(y, mx.array):
             raise TypeError(
                 f"the formula of {self.name or type(self).__name__} gave {type(y).__name__}, not an mx.array."
             )
-        if y.shape != x.shape:
-            raise ValueError(f"{self.name} at {where.key} made shape {y.shape} of {x.shape}: an edit keeps the shape.")
+        if y.shape != shape:
+            raise ValueError(f"{self.name} at {where.key} made shape {y.shape} of {shape}: an edit keeps the shape.")
         return self._select(x, y if y.dtype == x.dtype else y.astype(x.dtype), touched, where)
 
     def _select(self, x: mx.array, y: mx.array, touched: bool | mx.array, where: Where) -> mx.array:
@@ -276,6 +293,15 @@ class Intervention:
         """The elementary interventions in it, in the order in which they act."""
         return (self,)
 
+    def bound(self, encode: Callable[[str], list[int]] | None) -> Intervention:
+        """The same with the texts of spans as token ids.
+
+        Raises:
+            ValueError: there are such texts, and no tokenizer.
+        """
+        span = self.exclude.bound(encode) if self.exclude is not None else None
+        return self if span is self.exclude else replace(self, exclude=span)
+
     def row(self, index: int) -> Intervention:
         """What it does to one row of a batch, with that row's strength."""
         own: Any = self.strength
@@ -331,14 +357,31 @@ class Intervention:
 
     def _hash(self) -> str:
         try:
-            spec, tensors = self.to_spec()
-        except ValueError:  # it holds what can't be data: only itself is like it
-            return f"unsaved-{id(self):x}"
-        digest = hashlib.sha256(json.dumps(spec, sort_keys=True).encode())
-        for name in sorted(tensors):
-            digest.update(f"{name} {tensors[name].shape}".encode())
-            digest.update(np.array(tensors[name].astype(mx.float32)).tobytes())
-        return digest.hexdigest()[:16]
+            return _digest(*self.to_spec())
+        except ValueError:
+            return f"unsaved-{type(self).__module__}.{type(self).__qualname__}({', '.join(self._contents())})"
+
+    def _contents(self) -> Iterator[str]:
+        """What is in it, one by one; what can't be data is like itself only."""
+        from mlxsteer.interventions.registry import encode
+
+        for value in (getattr(self, f.name) for f in fields(self) if f.init):
+            tensors: dict[str, mx.array] = {}
+            if isinstance(value, Intervention):
+                yield value.fingerprint
+                continue
+            try:
+                yield _digest(encode(value, tensors), tensors)
+            except ValueError:
+                yield f"{id(value):x}"
+
+
+def _digest(spec: Any, tensors: dict[str, mx.array]) -> str:
+    digest = hashlib.sha256(json.dumps(spec, sort_keys=True).encode())
+    for name in sorted(tensors):
+        digest.update(f"{name} {tensors[name].shape}".encode())
+        digest.update(np.array(tensors[name].astype(mx.float32)).tobytes())
+    return digest.hexdigest()[:16]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -359,10 +402,11 @@ class Compose(Intervention):
             raise ValueError("a composition of no interventions: give at least one.")
         self._set(steps=steps)
         super().__post_init__()
-        if self.at != Position.of("all") or self.schedule is not None or not isinstance(self.strength, float):
+        acts = (self.at, self.schedule, self.exclude) != (Position.of("all"), None, None)
+        if acts or not isinstance(self.strength, float):
             raise ValueError(
-                "a composition acts where, when and how its steps say: give at=, schedule= and per-row strengths to "
-                "them; its own strength is one number, which multiplies theirs."
+                "a composition acts where, when and how its steps say: give at=, schedule=, exclude= and per-row "
+                "strengths to them; its own strength is one number, which multiplies theirs."
             )
 
     def __call__(self, x: mx.array, where: Where) -> mx.array:
@@ -380,6 +424,10 @@ class Compose(Intervention):
 
     def parts(self) -> tuple[Intervention, ...]:
         return tuple(part for step in self.steps for part in step.parts())
+
+    def bound(self, encode: Callable[[str], list[int]] | None) -> Intervention:
+        steps = tuple(step.bound(encode) for step in self.steps)
+        return self if all(a is b for a, b in zip(steps, self.steps, strict=True)) else replace(self, steps=steps)
 
     def row(self, index: int) -> Intervention:
         return replace(self, steps=tuple(step.row(index) for step in self.steps))
@@ -410,7 +458,7 @@ class Function(Intervention):
         return y if isinstance(strength, float) and strength == 1.0 else x + strength * (y - x)
 
     def _hash(self) -> str:
-        return f"function-{id(self.function):x}×{self.strength}@{self.at}×{self.schedule}"
+        return f"function-{id(self.function):x}×{self.strength}@{self.at}×{self.schedule}∖{self.exclude}"
 
 
 def as_intervention(value: Any) -> Intervention:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import mlx.core as mx
 
+from mlxsteer.interventions import conditions
 from mlxsteer.interventions.base import Compose, Intervention
 from mlxsteer.interventions.schedules import SAVED, Schedule
 from mlxsteer.positions import Position, after
@@ -111,7 +112,8 @@ def describe(name: str) -> str:
 _COMMON = """Every intervention takes:
     at: which tokens: "all", "prompt", "generated", "last", "first", after(text), an int, list, slice or callable.
     schedule: a factor on the strength over generated tokens: decay(half_life), ramp(tokens), window(start, stop), or a
-        function."""
+        function.
+    exclude: the two markers of spans to leave alone, such as ("<think>", "</think>")."""
 
 
 # -- data ----------------------------------------------------------------------------------------------------------
@@ -130,8 +132,9 @@ def encode(value: Any, tensors: dict[str, mx.array], path: str = "") -> Any:
                 "(see interventions.register)."
             )
         own = {f.name: getattr(value, f.name) for f in fields(value) if f.init}
-        if own.get("schedule") is None:  # left out, so that files and fingerprints from before schedules stay good
-            own.pop("schedule", None)
+        for later in ("schedule", "exclude"):  # left out, so that files and fingerprints from before them stay good
+            if own.get(later) is None:
+                own.pop(later, None)
         return {
             "intervention": value.name,
             "parameters": {k: encode(v, tensors, f"{path}{k}") for k, v in own.items()},
@@ -140,6 +143,12 @@ def encode(value: Any, tensors: dict[str, mx.array], path: str = "") -> Any:
         return _position(value)
     if isinstance(value, Schedule):
         return _schedule(value)
+    if type(value) in conditions.SAVED.values():
+        parts = {f.name: getattr(value, f.name) for f in fields(value) if f.init}
+        return {
+            "condition": next(name for name, kind in conditions.SAVED.items() if kind is type(value)),
+            "parameters": {k: encode(v, tensors, f"{path}.{k}") for k, v in parts.items()},
+        }
     if isinstance(value, mx.array):
         tensors[path] = value
         return {"tensor": path}
@@ -172,6 +181,9 @@ def decode(value: Any, tensors: dict[str, mx.array]) -> Any:
         if "intervention" in value:
             parameters = {k: decode(v, tensors) for k, v in value.get("parameters", {}).items()}
             return create(value["intervention"], **parameters)
+        if "condition" in value:
+            made = {k: decode(v, tensors) for k, v in value["parameters"].items()}
+            return conditions.SAVED[value["condition"]](**made)
         if "tensor" in value:
             return tensors[value["tensor"]]
         if "after" in value:

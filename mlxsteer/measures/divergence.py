@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from mlxsteer.continuation import Continuation, Score, check_touched
+from mlxsteer.continuation import Continuation, Score, check_touched, first_edited, shares
 from mlxsteer.interventions.base import Compose, Intervention
+from mlxsteer.interventions.gates import looks_back
 from mlxsteer.model import InterpretableModel
 from mlxsteer.positions import Position
 from mlxsteer.questions import check_count
@@ -85,14 +87,24 @@ class Reference:
         self.model, self.plain = model, plain
         positions = several_positions(at)
         self.texts = continued(model, prompts, tokens, chat=chat)
-        self.passes = []
-        for texts, needed in _batches(model, self.texts, batch_tokens // variants, whole=not tokens):
-            self.passes.append(Continuation(model, texts, needed, positions, plain=plain))
+
+        def run(texts: Sequence[Text]) -> list[Continuation]:
+            batches = _batches(model, texts, positions, batch_tokens // variants, whole=not tokens, plain=plain)
+            return [Continuation(model, some, needed, positions, plain=plain) for some, needed in batches]
+
+        self._run, self.passes = run, run(self.texts)
         whole = [(text, range(len(text.tokens) - 1)) for text in self.texts if len(text.tokens) > 1]
         if whole:
             check_touched(model, whole, positions, at)
         if not self.passes:
             raise ValueError("prompts of one token each hold no token to measure: ask for some with tokens=.")
+
+    def shortened(self, tokens: int) -> Reference:
+        """The same texts, with only the first tokens of each continuation measured: cheaper, and of every prompt."""
+        short = copy.copy(self)
+        short.texts = [Text(text.tokens[: text.prompt + tokens], text.prompt) for text in self.texts]
+        short.passes = self._run(short.texts)
+        return short
 
     @property
     def block_tokens(self) -> int:
@@ -154,7 +166,10 @@ def several_positions(at: Any) -> list[Position]:
 
 
 def positions_of(edits: Iterable[tuple[Site, Intervention]]) -> list[Position]:
-    """Every choice of tokens that some edits have."""
+    """Every choice of tokens that some edits have; all tokens, where one of them must see what it doesn't edit."""
+    edits = list(edits)
+    if any(looks_back(edit) for _, edit in edits):
+        return [Position.of("all")]
     return list(dict.fromkeys(part.at for _, edit in edits for part in edit.parts()))
 
 
@@ -194,15 +209,29 @@ def continued(model: InterpretableModel, prompts: Iterable[Any], tokens: int, *,
     return found
 
 
-def _batches(model: InterpretableModel, texts: Sequence[Text], budget: int, *, whole: bool) -> Any:
-    """Texts of similar length, with the positions whose logits predict what is measured."""
-    budget = budget if model._sites.family.batch else 1
-    for batch in single_batches([len(text.tokens) for text in texts], budget):
-        rows = [texts[i] for i in batch]
-        needed = [range(0 if whole else row.prompt - 1, len(row.tokens) - 1) for row in rows]
-        kept = [(row, positions) for row, positions in zip(rows, needed, strict=True) if len(positions)]
-        if kept:
-            yield [row for row, _ in kept], [positions for _, positions in kept]
+def _batches(
+    model: InterpretableModel, texts: Sequence[Text], positions: Sequence[Position], budget: int, *,
+    whole: bool, plain: bool,
+) -> Iterator[tuple[list[Text], list[range]]]:  # fmt: skip
+    """Texts of similar length, with the positions whose logits predict what is measured.
+
+    A batch runs clean up to the first edited token of any of its texts: those whose own are far apart are kept apart.
+    """
+    every = [(text, range(0 if whole else text.prompt - 1, len(text.tokens) - 1)) for text in texts]
+    kept = [(text, needed) for text, needed in every if len(needed)]
+    shared = shares(model, plain=plain)
+    firsts = [first_edited(model, *one, positions) if shared else 0 for one in kept]
+    clusters: list[list[int]] = []
+    for i in sorted(range(len(kept)), key=lambda i: firsts[i]):
+        run = kept[i][1].stop - firsts[i]
+        if not clusters or firsts[i] - firsts[clusters[-1][0]] > max(1, run // 4):
+            clusters.append([])
+        clusters[-1].append(i)
+    for cluster in clusters:
+        lengths = [len(kept[i][0].tokens) for i in cluster]
+        for batch in single_batches(lengths, budget if model._sites.family.batch else 1):
+            rows = [kept[cluster[i]] for i in batch]
+            yield [text for text, _ in rows], [needed for _, needed in rows]
 
 
 def kl(

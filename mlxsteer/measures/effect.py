@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mlxsteer.measures.uncertainty import Interval, bootstrap
+from mlxsteer.measures.uncertainty import Interval, bootstrap, paired_difference
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,6 +23,7 @@ class Steerability:
         mean_slope: the mean of the slopes, with its interval over prompts.
         mean_curve: mean effect over prompts at each strength, (strengths,).
         strengths: (strengths,), in the order given.
+        effect: the effect itself, (strengths, prompts).
     """
 
     slopes: np.ndarray[Any, Any]
@@ -32,6 +33,11 @@ class Steerability:
     mean_slope: Interval
     mean_curve: np.ndarray[Any, Any]
     strengths: np.ndarray[Any, Any]
+    effect: np.ndarray[Any, Any]
+
+    def changes(self, *, level: float = 0.95, resamples: int = 2000, seed: int = 0) -> list[Interval]:
+        """For each strength the mean change from strength 0 with its interval over prompts, as `changes` gives it."""
+        return changes(self.effect, self.strengths.tolist(), level=level, resamples=resamples, seed=seed)
 
     def __str__(self) -> str:
         return (
@@ -84,7 +90,32 @@ def steerability(
         bootstrap(slopes, level=level, resamples=resamples, seed=seed),
         e.mean(axis=1),
         s,
+        e,
     )
+
+
+def changes(
+    effect: Any, strengths: Sequence[float], *, level: float = 0.95, resamples: int = 2000, seed: int = 0
+) -> list[Interval]:
+    """The mean change from strength 0 at each strength, with its interval over prompts.
+
+    Prompt by prompt, by `paired_difference`: how much prompts differ from each other without steering widens nothing.
+    Where strength 0 isn't among them, the mean itself with its interval.
+
+    Args:
+        effect: strengths × prompts.
+        strengths: those of the first axis.
+        level, resamples, seed: as in `bootstrap`.
+
+    Raises:
+        ValueError: the shapes don't fit, there are fewer than 2 prompts, or there is a NaN or an infinity.
+    """
+    e = np.asarray(effect, np.float64)
+    given = list(strengths)
+    if e.ndim != 2 or len(e) != len(given):
+        raise ValueError(f"effect is strengths × prompts, and of shape {e.shape} for {len(given)} strengths.")
+    base = e[given.index(0)] if 0 in given else np.zeros(e.shape[1])
+    return [paired_difference(row, base, level=level, resamples=resamples, seed=seed) for row in e]
 
 
 def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
