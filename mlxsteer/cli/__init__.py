@@ -1,4 +1,4 @@
-"""The command line: `mlxsteer demo`, and errors in one sentence."""
+"""The command line: `mlxsteer demo`, `mlxsteer chat`, and errors in one sentence."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from mlxsteer.cli.chat import chat
 from mlxsteer.cli.demo import demo
 
 app = typer.Typer(
@@ -17,6 +18,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(demo)
+app.command()(chat)
 
 
 def _version(asked: bool) -> None:
