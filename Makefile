@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+JOBS ?= 2
 POCKET_OUT ?= training/run/package
 
 .PHONY: demo test lint types check bench pocket clean
@@ -11,7 +12,7 @@ demo: $(READY)  ## find a steering vector on the bundled model and watch it work
 	$(BIN)/mlxsteer demo
 
 test: $(READY)  ## the tests, documentation blocks included
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 lint: $(READY)
 	$(BIN)/ruff check .

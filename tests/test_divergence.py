@@ -373,16 +373,16 @@ def test_the_clean_prefix_runs_once_and_so_do_the_blocks_below(llama: Interpreta
         assert len(set(generation)) == 1
         seen[:] = [0] * 4
         built.per_token([(llama._sites.resolve("layers.2"), iv.add_vector(V, at=-1))])
-        # All three rows go on from token 8, the shortest prompt's last, up to 16, for which token 15 is needed.
-        assert seen == [0, 0, 0, 3 * 8]
+        # Each row goes on from its own prompt's last token for 4: the long one in a batch of its own.
+        assert seen == [0, 0, 0, 3 * 4]
         seen[:] = [0] * 4
         built.per_token([(llama._sites.resolve("layers.1.mlp"), iv.add_vector(V, at=-1))])
-        assert seen == [0, 3 * 8, 3 * 8, 3 * 8]
-        assert built.block_tokens - clean.block_tokens == 3 * 8 + 3 * 3 * 8
+        assert seen == [0, 3 * 4, 3 * 4, 3 * 4]
+        assert built.block_tokens - clean.block_tokens == 3 * 4 + 3 * 3 * 4
         seen[:] = [0] * 4
         built.dose(lambda rows: [(llama._sites.resolve("layers.0"), iv.add_vector(V, rows, at=-1))], [1.0, 2.0])
-        assert seen == [0, *[2 * 3 * 8] * 3]
-    assert clean.block_tokens == 4 * (3 * 8 + 3 * 8)  # the prefix and what follows, one clean pass
+        assert seen == [0, *[2 * 3 * 4] * 3]
+    assert clean.block_tokens == 4 * (2 * 8 + 12 + 3 * 4)  # the prefix and what follows, one clean pass
     plain = Reference(llama, prompts, tokens=4, at=-1, plain=True)
     assert plain.block_tokens == 4 * 3 * 16
 

@@ -19,10 +19,22 @@ import tiny
 from test_divergence import PAIRS, V, W, add, at_last, everywhere, plain_kl, preference, run
 from test_extraction import ids, tokenizer
 
-from mlxsteer import ContrastPair, Evaluation, InterpretableModel, PairSet, SteeringVector, UnknownKey, evaluate
+from mlxsteer import (
+    ContrastPair,
+    Evaluation,
+    InterpretableModel,
+    PairSet,
+    SteeringVector,
+    UnknownKey,
+    evaluate,
+    extract,
+)
+from mlxsteer import evaluation as evaluation_room
 from mlxsteer import interventions as iv
+from mlxsteer.measures import bootstrap
 from mlxsteer.measures.preference import Preferences
 from mlxsteer.measures.text import TextStatistics
+from mlxsteer.pairs import PAIR_HASHES
 
 NEUTRAL = ["the food was", "a", "rain <script>alert(1)</script> & so", "we go."]
 EDITS = [add(1, -1, at_last, 2.0), add(3, "all", everywhere, -1.0)]
@@ -147,23 +159,30 @@ def test_nulls_are_random_vectors_of_the_same_lengths(
 
 
 @pytest.mark.parametrize(
-    "steering",
+    ("steering", "where"),
     [
-        {"layers.1": iv.ablate(W)},
-        {"layers.1": iv.add_vector(V), "layers.2": iv.scale(1.1)},
-        {"layers.1": lambda x: x * 1.1},
-        {"logits": iv.scale(0.9)},
+        ({"layers.1": iv.ablate(W)}, "layers.1 (ablate)"),
+        ({"layers.1": iv.add_vector(V), "layers.2": iv.scale(1.1)}, "layers.2 (scale)"),
+        ({"layers.1": [iv.add_vector(V), iv.add_vector(W)]}, "layers.1 (compose)"),
+        ({"layers.1": iv.add_sequence(V[None]), "logits": lambda x: x}, "layers.1 (add_sequence), logits (function)"),
     ],
-    ids=["ablation", "an addition and a scale", "a function", "logits"],
+    ids=["ablation", "an addition and a scale", "two additions", "a sequence and a function"],
 )
-def test_only_additions_have_nulls(llama: InterpretableModel, steering: dict[str, Any]) -> None:
+def test_only_additions_have_nulls_and_others_say_why(
+    llama: InterpretableModel, steering: dict[str, Any], where: str
+) -> None:
     one = evaluate(llama, steering, PAIRS[:2], **QUICK)
     assert one.nulls == ()
     assert np.isnan(one.p_value)
     data = json.loads(one.to_json(), parse_constant=no_constant)
     assert (data["p_value"], data["nulls"], data["instruction"], data["accuracy"]) == (None, [], None, None)
-    assert "random vectors" not in one.table()
     assert "retention" not in one.table()
+    said = f"random vectors stand in for add_vector alone, and something else is done at {where}"
+    assert f"what chance would do is unknown: {said}." in one.warnings
+    assert ("random vectors", "none drawn", said) in one.rows()
+    none = replace(one, record={**one.record, "no_nulls_for": None})  # as with nulls=0
+    assert ("random vectors", "none drawn", "none were asked for") in none.rows()
+    assert not [warning for warning in none.warnings if "chance" in warning]
 
 
 def test_an_instruction_is_the_prompt_in_place_of_the_steering(llama: InterpretableModel, found: Evaluation) -> None:
@@ -206,6 +225,42 @@ def test_a_chat_is_instructed_by_a_system_message(pocket: InterpretableModel) ->
     assert as_chat.instruction == one.instruction
     assert as_chat.divergence != one.divergence  # neutral prompts are messages too
     assert as_chat.samples[0][0] == "Go."
+
+
+@pytest.mark.parametrize("role", ["system", "developer"])
+def test_an_instruction_joins_the_system_message_that_is_there(pocket: InterpretableModel, role: str) -> None:
+    system, asked = {"role": role, "content": "You are warm.\n"}, {"role": "user", "content": "Hello!"}
+    both = {"role": role, "content": "You are warm.\n\nBe kind."}
+    given = [ContrastPair("", "Good.", "Bad.", messages=(system, asked))]
+    seen: list[Any] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation_room, "Preferences", lambda _, pairs, **__: seen.extend(pairs) or Base())  # type: ignore[func-returns-value]
+        evaluation_room._instructed(pocket, given, "Be kind.", False, 4096)
+        evaluation_room._instructed(pocket, [replace(given[0], messages=({"role": role, "content": ""}, asked))],
+                                    "Be kind.", True, 4096)  # fmt: skip
+    assert [pair.messages for pair in seen] == [(both, asked), ({"role": role, "content": "Be kind."}, asked)]
+    assert given[0].messages == (system, asked)
+
+
+class Base:
+    base = None
+
+
+def test_a_vector_that_has_seen_the_pairs_is_found_out(llama: InterpretableModel) -> None:
+    quick: dict[str, Any] = {**QUICK, "nulls": 0, "neutral": NEUTRAL[:1], "max_tokens": 1}
+    said = f"the vector was computed from 2 of the {len(PAIRS)} pairs: what it does on them looks better than it is."
+    vector = extract(llama, [*PAIRS[:2], ContrastPair("so", " yes", " no")], progress=False)
+    steering = vector.at(1, 1.0)
+    told = evaluate(llama, steering, PAIRS, vector=vector, **quick)
+    assert said in told.warnings
+    assert told.record["pairs_seen"] == 2
+    assert f"Warning: {said}" in " ".join(told.table().split())
+    assert evaluate(llama, {"layers.2": iv.add_vector(V)}, PAIRS, **quick).record["pairs_seen"] == "unknown"
+    steering["layers.1"]._cache[PAIR_HASHES] = vector.info[PAIR_HASHES]  # as of a choice
+    known = evaluate(llama, {"layers.1": [steering["layers.1"], iv.scale(1.1)]}, PAIRS[1:], **quick)
+    assert known.record["pairs_seen"] == 1
+    with pytest.raises(TypeError, match="vector is a SteeringVector, not dict"):
+        evaluate(llama, steering, PAIRS, vector=steering, **quick)  # type: ignore[arg-type]
 
 
 def test_questions_say_what_is_left_of_an_ability(llama: InterpretableModel, found: Evaluation) -> None:
@@ -321,6 +376,9 @@ def test_a_table_and_json_hold_everything(found: Evaluation, tmp_path: Path) -> 
     assert data["steered"] == found.steered.tolist()
     assert data["nulls"] == list(found.nulls)
     assert data["mean_curve"] == found.curve.mean_curve.tolist()
+    for one, row in zip(data["changes"], found.curve.effect, strict=True):
+        change = bootstrap(row - found.base)
+        assert (one["value"], one["low"], one["high"]) == (change.value, change.low, change.high)
     assert data["divergence"]["p95"] == found.divergence.p95
     assert data["accuracy"] == list(found.accuracy or ())
     assert data["samples"][2][0] == NEUTRAL[2]
@@ -330,12 +388,23 @@ def test_a_table_and_json_hold_everything(found: Evaluation, tmp_path: Path) -> 
     assert repr(found).startswith(f"Evaluation(shift {found.shift} nats, KL ")
 
 
+def assert_banded(band: Any, strength: float, steered: np.ndarray, base: np.ndarray) -> None:
+    """The band ends where the paired interval of the change does, about the mean."""
+    corners = band.get_paths()[0].vertices
+    heights = corners[np.isclose(corners[:, 0], strength), 1]
+    change = bootstrap(steered - base)
+    expected = base.mean() + np.array([change.low, change.high])
+    np.testing.assert_allclose([heights.min(), heights.max()], expected, atol=1e-9)
+
+
 def test_the_picture_shows_the_numbers(found: Evaluation, tmp_path: Path) -> None:
     figure = found.plot(tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     dose, pairs, text = figure.axes
     np.testing.assert_allclose(dose.lines[1].get_ydata(), found.curve.mean_curve)
     np.testing.assert_allclose(dose.lines[2].get_ydata(), found.base.mean() + np.array(found.nulls), atol=1e-9)
+    assert_banded(dose.collections[0], 1.0, found.steered, found.base)
+    assert_banded(dose.collections[0], 0.0, found.base, found.base)
     order = np.argsort(found.base)
     np.testing.assert_array_equal(pairs.lines[1].get_ydata(), found.base[order])
     np.testing.assert_array_equal(pairs.lines[2].get_ydata(), found.steered[order])

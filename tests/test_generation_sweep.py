@@ -6,6 +6,8 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -381,6 +383,22 @@ def test_a_sweep_is_shown_and_saved(llama: InterpretableModel, tmp_path: Path) -
         assert (a, a.tokens, a.prompt_tokens, a.finish_reason, a.touched) == (
             b, b.tokens, b.prompt_tokens, b.finish_reason, b.touched)  # fmt: skip
         assert mx.array_equal(a.logprobs, b.logprobs)
+    figure = back.plot(tmp_path / "texts.png")
+    assert (tmp_path / "texts.png").read_bytes()[:4] == b"\x89PNG"
+    score, length, distinct, repeat = figure.axes
+    assert [axes.get_ylabel().split(" ")[0] for axes in figure.axes] == ["score", "length", "distinct", "longest"]
+    assert {axes.get_xlabel() for axes in figure.axes} == {"strength (residual norms)"}
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["layer 1", "layer 2"]
+    assert found.scored is not None
+    np.testing.assert_allclose(score.lines[1].get_ydata(), found.scored[1].mean(axis=(1, 2))[::-1])  # by strength
+    np.testing.assert_allclose(length.lines[0].get_ydata(), [3, 3])
+    pairs = [[len(set(pairwise(t.tokens))) / 2 for t in found.texts[0, j].reshape(-1)] for j in (1, 0)]
+    np.testing.assert_allclose(distinct.lines[0].get_ydata(), np.mean(pairs, axis=1))
+    assert repeat.get_ylim()[0] == length.get_ylim()[0] == 0
+    assert "2 prompts, 2 samples of each; bars: 95 % intervals" in figure.get_suptitle()
+    brief = replace(back, texts=back.texts[:, :1, :1, :1], strengths=[1.0], prompts=back.prompts[:1], scored=None)
+    brief.texts[0, 0, 0, 0].tokens[:] = [7]  # no pair of tokens
+    assert len([axes for axes in brief.plot().axes if axes.get_visible()]) == 3
     data = json.loads(path.read_text())
     for name, value in (("prompts", ["one"]), ("unit", "sigma"), ("texts", []), ("layers", [1])):
         path.write_text(json.dumps({**data, name: value}))

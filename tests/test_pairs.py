@@ -6,6 +6,7 @@ import copy
 import json
 import pickle
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -16,7 +17,15 @@ from hypothesis import strategies as st
 
 import mlxsteer as ms
 from mlxsteer import Check, ContrastPair, InterpretableModel, PairSet
-from mlxsteer.pairs import SPLITS
+from mlxsteer.pairs import (
+    MOST_HASHES,
+    PAIR_HASHES,
+    SPLITS,
+    pair_hash,
+    pair_hashes,
+    pairs_seen,
+    shared_by_splits,
+)
 
 hypothesis_settings = settings(max_examples=25, deadline=None, derandomize=True)
 
@@ -533,3 +542,37 @@ def test_pairs_are_hashed_with_a_conversation_too() -> None:
     first, same, other = (ContrastPair("", "a", "b", messages=(m,)) for m in (said[0], dict(said[0]), said[1]))
     assert hash(first) == hash(same)
     assert len({first, same, other}) == 2
+
+
+def test_a_pair_is_known_again_by_its_hash() -> None:
+    pair = ContrastPair("The soup was", " good.", " bad.", split="train")
+    same = [
+        replace(pair, split="report"),
+        ContrastPair("the  soup was", " Good.", " bad."),
+        ContrastPair("The soup was", " bad.", " good.", chat=True),
+        ContrastPair("", "The soup was good.", "The soup was bad."),
+    ]
+    asked = {"role": "user", "content": "How was it?"}
+    others = [replace(pair, positive=" fine."), replace(pair, prompt="A soup was"),
+              ContrastPair("", " good.", " bad.", messages=(asked,))]  # fmt: skip
+    assert re.fullmatch("[0-9a-f]{8}", pair_hash(pair))
+    assert {pair_hash(one) for one in same} == {pair_hash(pair)}
+    assert len({pair_hash(one) for one in [pair, *others]}) == 4
+    kept = pair_hashes([*others, pair, pair])
+    assert kept == pair_hashes([pair, *others[::-1]])
+    assert len(kept[PAIR_HASHES]) == 4 * 9 - 1
+    assert pairs_seen(kept[PAIR_HASHES], [same[0], same[1], replace(pair, positive=" new.")]) == 2
+    assert [pairs_seen(hashes, [pair]) for hashes in ("", None, 3)] == [0, None, None]
+    many = [replace(pair, prompt=str(i)) for i in range(MOST_HASHES + 1)]
+    assert (len(pair_hashes(many[1:])), pair_hashes(many)) == (1, {})
+
+
+def test_what_splits_share_is_counted() -> None:
+    def pair(prompt: str, positive: str, split: str | None) -> ContrastPair:
+        return ContrastPair(prompt, positive, " no", split)
+
+    apart = [pair("a", " x", "train"), pair("a", " y", "train"), pair("", "x", "choose"), pair("", "y", "report"),
+             pair("a", " x", None)]  # fmt: skip
+    assert shared_by_splits(apart) == (0, 0)
+    assert shared_by_splits([*apart, pair("A ", " z", "report")]) == (0, 3)
+    assert shared_by_splits([*apart, pair("A", " X", "report")]) == (2, 1)

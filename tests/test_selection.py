@@ -15,7 +15,17 @@ import tiny
 from test_divergence import counted
 from test_extraction import tokenizer
 
-from mlxsteer import Choice, ContrastPair, InterpretableModel, PairSet, SteeringVector, datasets, extract, select
+from mlxsteer import (
+    Choice,
+    ContrastPair,
+    InterpretableModel,
+    PairSet,
+    SteeringVector,
+    datasets,
+    evaluate,
+    extract,
+    select,
+)
 from mlxsteer import selection as room
 from mlxsteer.measures import divergence as divergence_room
 from mlxsteer.measures import kl, preference_shift, random_like, shuffled_labels
@@ -172,6 +182,8 @@ def test_a_choice_is_shown_saved_and_drawn(chosen: Watched, tmp_path: Path) -> N
     assert f"at kl_mean ≤ {choice.budget[1]:g}" in layers.get_title()
     assert "8 held-out pairs" in dose.get_title()
     np.testing.assert_allclose(dose.lines[1].get_ydata(), choice.evidence.curve.mean_curve)
+    assert dose.get_legend().get_title().get_text() == "band: 95 % interval, 8 pairs"
+    assert len(dose.collections) == 1
     base = choice.evidence.base
     np.testing.assert_allclose(dose.lines[2].get_ydata(), base + np.array(choice.evidence.nulls), atol=1e-9)
     with pytest.raises(ValueError, match=r"\.png, \.pdf or \.svg"):
@@ -311,9 +323,13 @@ def test_layers_that_are_left_out_are_not_looked_at(llama: InterpretableModel, v
     assert alone.vector.layers == [3]
     assert np.isnan(alone.rank_correlation)
     assert "nan" not in alone.table()
-    for wrong in ("middle", [4], [], [1.5]):
+    for wrong in ("middle", [], [1.5], [-5], [-1, 3]):
         with pytest.raises(ValueError, match=r"layer"):
             select(llama, PAIRS, vector=vector, layers=wrong, **TINY)  # type: ignore[arg-type]
+    with pytest.raises(KeyError, match="no direction for layer 4"):
+        select(llama, PAIRS, vector=vector, layers=[4], **TINY)
+    with pytest.raises(ValueError, match="there is no layer 4"):
+        select(llama, PAIRS, layers=[4], **TINY)
 
 
 def test_layers_that_separate_nothing_are_only_read(llama: InterpretableModel, vector: SteeringVector) -> None:
@@ -338,7 +354,7 @@ def test_a_few_are_tried_and_the_best_measured(llama: InterpretableModel, vector
     stages = [one.stage for one in choice.candidates]
     assert stages == sorted(stages, key=["measured", "tried", "read"].index)
     single = [one for one in choice.candidates if len(one.strengths) == 1]
-    assert [one.stage for one in single].count("measured") == 2
+    assert 1 <= [one.stage for one in single].count("measured") <= 2  # a second best only where it looks nearly as good
     tried = [one for one in single if one.stage == "tried"]
     assert tried
     for one in tried:
@@ -393,6 +409,48 @@ def test_pairs_without_splits_get_them(llama: InterpretableModel) -> None:
     assert again.strengths == found.choice.strengths
     assert again.evidence.nulls == found.choice.evidence.nulls
     assert again.record["data"] == found.choice.record["data"] == PLAIN.fingerprint
+
+
+def seen_by(choice: Choice) -> str:
+    return "\n".join(one for one in choice.warnings if "computed from" in one or "split too" in one)
+
+
+def test_a_vector_that_has_seen_the_held_out_pairs_is_found_out(llama: InterpretableModel) -> None:
+    report, choose, train = (PAIRS.split(name) for name in ("report", "choose", "train"))
+    turned = replace(report[0], positive=report[0].negative.upper(), negative=report[0].positive, split="train")
+    other = replace(report[1], prompt=report[1].prompt + " x", split=None)
+    cases: list[tuple[list[ContrastPair], str]] = [
+        (train, ""),
+        ([turned, *report[1:3], other, *train], f"computed from 3 of the {len(report)} report pairs: what it does"),
+        ([*choose[:2], report[0]], f"1 of the {len(report)} report pairs"),
+    ]
+    quick: dict[str, Any] = {**TINY, "layers": [1], "nulls": 0}
+    for pairs, said in cases:
+        mixed = extract(llama, iter([replace(pair, split=None) for pair in pairs]), progress=False)
+        choice = select(llama, PAIRS, vector=mixed, **quick)
+        assert said in seen_by(choice), seen_by(choice)
+        assert bool(said) == bool(seen_by(choice))
+    assert f"computed from 2 of the {len(choose)} choose pairs and 1 of the" in seen_by(choice)
+    assert choice.record["pairs_seen"] == {"choose": 2, "report": 1}
+    quicker: dict[str, Any] = {"neutral": ["a"], "tokens": 1, "max_tokens": 1, "nulls": 0, "progress": False}
+    assert evaluate(llama, choice.interventions, PAIRS, **quicker).record["pairs_seen"] == 1
+    foreign = SteeringVector(mixed.directions, residual_norms=mixed.residual_norms)
+    choice = select(llama, PAIRS, vector=foreign, **quick)
+    assert seen_by(choice) == ""
+    assert choice.record["pairs_seen"] == {"choose": "unknown", "report": "unknown"}
+
+
+def test_pairs_and_prompts_in_two_splits_are_told(llama: InterpretableModel) -> None:
+    train, report = PAIRS.split("train")[0], PAIRS.split("report")[0]
+    quick: dict[str, Any] = {**TINY, "layers": [1], "nulls": 0}
+    copied = [*PAIRS, replace(train, positive=train.positive.upper(), split="report"), replace(report, split="choose")]
+    choice = select(llama, copied, **quick)
+    assert "4 pairs of these are in another split too" in seen_by(choice)  # two, and their copies
+    assert "2 pairs more have a prompt that is in another split too" in seen_by(choice)
+    assert "computed from 1 of the" in seen_by(choice)
+    prompts = select(llama, [*PAIRS, replace(train, negative=" ugly", split="choose")], **quick)
+    assert "pairs have a prompt that is in another split too" in seen_by(prompts)
+    assert "are in another split" not in seen_by(prompts)
 
 
 def test_where_and_what_is_limited_can_be_said(llama: InterpretableModel, vector: SteeringVector) -> None:

@@ -16,6 +16,7 @@ from test_extraction import ids, tokenizer
 from mlxsteer import ContrastPair, InterpretableModel, SteeringVector, Sweep, measures, select, sweep
 from mlxsteer import interventions as iv
 from mlxsteer.strength import solved
+from mlxsteer.sweep import chosen_layers
 
 PAIRS = [ContrastPair("the", " x", " yes"), ContrastPair("abcde", " good", " bad")]
 
@@ -140,6 +141,46 @@ def test_layers_and_strengths_are_named_once(llama: InterpretableModel) -> None:
         sweep(llama, vector_for(llama), PAIRS, strengths=[1, 1])
     with pytest.raises(ValueError, match="'clamp' isn't made of one direction; ablate, add_vector"):
         sweep(llama, vector_for(llama), PAIRS, intervention="clamp")
+
+
+def test_negative_layers_count_from_the_model_s_last(llama: InterpretableModel) -> None:
+    vector = vector_for(llama).only([1, 2, 3])
+    for given, numbers in ((-1, [3]), ([-1, 1], [3, 1]), (np.array([2, -3]), [2, 1]), (mx.array([-2]), [2])):
+        assert chosen_layers(llama, vector, given) == numbers
+    found = sweep(llama, vector, PAIRS, layers=[-1], strengths=[0, 1], progress=None)
+    expected = sweep(llama, vector, PAIRS, layers=[3], strengths=[0, 1], progress=None)
+    assert found.layers == [3]
+    np.testing.assert_array_equal(found.effect, expected.effect)
+    for wrong, kind, message in (
+        ([3, -1], ValueError, "a list of different layers"), (-5, ValueError, "there is no layer -5: the model has 4"),
+        (-4, KeyError, "no direction for layer 0"),
+    ):  # fmt: skip
+        with pytest.raises(kind, match=message):
+            chosen_layers(llama, vector, wrong)
+
+
+def test_a_sweep_is_drawn_with_intervals_of_the_layers_that_reach_furthest() -> None:
+    rng = np.random.default_rng(2)
+    strengths = [1.0, 0.0, -1.0]
+    slopes = np.array([0.1, 3.0, 0.2, 2.0, 1.0])[:, None, None]
+    base = 5 * rng.standard_normal(9)
+    effect = base + slopes * np.array(strengths)[:, None] * (1 + 0.1 * rng.standard_normal((5, 3, 9)))
+    effect[:, :, 8] = np.nan  # not finished
+    heat, lines, _ = Sweep(effect, [4, 5, 6, 7, 9], strengths, "residual").plot().axes
+    assert (heat.get_xlabel(), lines.get_xlabel()) == ("strength (residual norms)",) * 2
+    assert lines.get_ylabel().endswith("(nats)")
+    legend = lines.get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == ["2 other layers", "layer 5", "layer 7", "layer 9"]
+    assert legend.get_title().get_text() == "band: 95 % interval, 8 prompts"
+    assert len(lines.collections) == 3
+    corners = lines.collections[0].get_paths()[0].vertices
+    for strength, row in zip(strengths, effect[1, :, :8], strict=True):
+        change = measures.paired_difference(row, base[:8])
+        heights = corners[corners[:, 0] == strength, 1]
+        expected = base[:8].mean() + np.array([change.low, change.high])
+        np.testing.assert_allclose([heights.min(), heights.max()], expected, atol=1e-9)
+    one = Sweep(effect[:1, :1, :1], [4], [0.5], metric="P(' a')").plot().axes[1]  # neither a band nor a 0
+    assert (one.get_legend().get_title().get_text(), one.get_ylabel()) == ("1 prompt: no interval", "P(' a')")
 
 
 def test_a_forward_holds_no_more_tokens_than_the_budget(llama: InterpretableModel) -> None:
