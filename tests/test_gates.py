@@ -764,9 +764,11 @@ def test_a_fit_tells_unseen_prompts_apart_where_they_differ_and_says_so_where_no
     with pocket.trace([good[0], bad[0]], interventions={"layers.4": iv.when(fit.condition, iv.zero_out())}) as trace:
         opened = [not mx.abs(row).max().item() for row in trace.last("layers.4")]
     assert opened == (values > fit.threshold).tolist() == [True, False]
-    mixed = np.random.default_rng(0).permutation([*good, *bad]).tolist()
+    mixed = np.random.default_rng(1).permutation([*good, *bad]).tolist()
     shuffled = ms.fit_gate(pocket, mixed[:12], mixed[12:], layers=[2, 3])
     assert shuffled.f1 < 0.8
+    precision, recall = shuffled.precision, shuffled.recall
+    assert shuffled.f1 == pytest.approx(2 * precision * recall / (precision + recall))
     assert shuffled.table_rows[0][2] > shuffled.f1  # what was fitted looks better than it is
 
 
@@ -782,6 +784,8 @@ def test_a_fit_takes_a_vector_and_means(llama: InterpretableModel) -> None:
     assert np.array_equal(np.array(fit.condition.reading.vector), np.array(means[fit.layer]))
     readings = [projections(captured(llama.model, p, fit.layer).mean(axis=0), means[fit.layer]) for p in low + high]
     assert [r > fit.threshold for r in readings] == [True] * 10 + [False] * 10
+    middles = [(a + b) / 2 for a, b in itertools.combinations(readings, 2)]
+    assert min(abs(middle - fit.threshold) for middle in middles) < 1e-5
     turned = ms.fit_gate(llama, high, low, vector=vector, reading="projection", read="mean")
     assert turned.condition.sign == "<="
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -160,26 +159,6 @@ def test_a_program_written_for_mlxterp_runs(pocket: InterpretableModel) -> None:
         composed = model.output.save()
     with model.trace("The food was", interventions={"layers.3": [f, g]}):
         assert mx.array_equal(model.output, composed)
-
-
-ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "tutorials").glob("*_*.md"))]
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_the_code_on_a_page_runs_and_prints_what_it_says(
-    page: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Every Python block of a page, in one go; a ```text block behind one is what it prints."""
-    monkeypatch.chdir(tmp_path)
-    scope: dict[str, Any] = {}
-    blocks = re.findall(r"```python\n(.*?)```\n(?:\n```text\n(.*?)```)?", page.read_text("utf-8"), flags=re.DOTALL)
-    assert blocks
-    for code, printed in blocks:
-        exec(compile(code.replace("mlx-community/Llama-3.2-1B-Instruct-4bit", "pocket"), page.name, "exec"), scope)
-        shown = capsys.readouterr().out
-        if printed:
-            assert shown.strip() == printed.strip()
 
 
 def test_the_package_says_its_version_and_what_it_exports() -> None:
