@@ -15,7 +15,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p
 
 from mlxsteer.forks import forkable, forked
-from mlxsteer.generation import Generation, _text, _touched
+from mlxsteer.generation import Generation, _room, _text, _touched
 from mlxsteer.hooks import active, attached
 from mlxsteer.interventions.gates import looks_back
 from mlxsteer.model import InterpretableModel
@@ -98,6 +98,7 @@ class Decoder:
 
     Raises:
         PositionError: a position means nothing in a prompt.
+        ValueError: a prompt leaves no learned position to generate at.
     """
 
     def __init__(
@@ -112,6 +113,7 @@ class Decoder:
         self.tokenizer = model._needed_tokenizer("generation")
         self.around = tuple(s for plan in active(self.model) if plan.adopt for s in plan.steerings)
         self.prompts = [Prompt(len(tokens), tokens, self.tokenizer.decode) for tokens in prompts]
+        self.most = [self._most(number, tokens) for number, tokens in enumerate(prompts)]
         cache = make_prompt_cache(self.model)
         # Whoever keeps one object twice in a cache wants both to move together, which copies don't.
         self.forks = forkable(cache) and len({id(entry) for entry in cache}) == len(cache)
@@ -132,6 +134,13 @@ class Decoder:
         except PositionError as error:
             raise PositionError(f"prompt {number}: {error}") from error
         return first if self.forks and (first == last or first >= SHORTEST_SHARED) else 0
+
+    def _most(self, number: int, tokens: Sequence[int]) -> int:
+        """How many tokens of a prompt's texts there are learned positions for, up to what was asked."""
+        try:
+            return _room([self.model], 0, len(tokens), self.options["max_tokens"])
+        except ValueError as error:
+            raise ValueError(f"prompt {number}: {error}") from error
 
     def decoded(self, jobs: Iterable[Job], batch_size: int) -> Generator[tuple[Job, Generation], None, None]:
         """Rows and their texts, as they end. The model is plain, or as it is around this, whenever one is given."""
@@ -176,7 +185,7 @@ class Decoder:
                 for job in itertools.islice(waiting, batch_size - len(running)):
                     cache, seen, rest = self._begin(job)
                     (uid,) = generator.insert(
-                        [rest], [options["max_tokens"]], [cache], [seen], samplers=[self._sampler(job)]
+                        [rest], [self.most[job.prompt]], [cache], [seen], samplers=[self._sampler(job)]
                     )
                     running[uid] = job
                 now = {id(job.steering): job.steering for job in running.values() if job.steering is not None}
@@ -202,7 +211,7 @@ class Decoder:
             cache, _, rest = self._begin(job)
             plan = Plan(self.sites, steerings=[job.steering] if job.steering else [])
             pieces = stream_generate(
-                self.model, self.tokenizer, rest, prompt_cache=cache, max_tokens=options["max_tokens"],
+                self.model, self.tokenizer, rest, prompt_cache=cache, max_tokens=self.most[job.prompt],
                 sampler=self._sampler(job), logits_processors=options["logits_processors"],
                 prefill_step_size=options["prefill_step_size"],
             )  # fmt: skip

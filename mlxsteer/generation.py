@@ -127,17 +127,10 @@ def check_options(options: Mapping[str, Any], *, batch: bool) -> None:
             raise TypeError(f"no generation option {name!r}{where}." + (f" Nearest: {near}." if near else ""))
 
 
-class _Rest(list[int]):
-    """A prompt's tokens behind those that a cache holds, and these, where they are known."""
-
-    def __init__(self, tokens: Sequence[int], earlier: Sequence[int] | None) -> None:
-        super().__init__(tokens)
-        self.earlier = earlier
-
-
-def _prompt(tokens: Sequence[int], seen: int, decode: Callable[[list[int]], str] | None) -> Prompt:
-    """A row's prompt: what a cache holds already, and these tokens."""
-    earlier = getattr(tokens, "earlier", None)
+def _prompt(
+    tokens: Sequence[int], seen: int, decode: Callable[[list[int]], str] | None, earlier: Sequence[int] | None = None
+) -> Prompt:
+    """A row's prompt: what a cache holds already (`earlier`, where it is known), and these tokens."""
     if not seen or earlier is not None:
         return Prompt(seen + len(tokens), [*(earlier or ()), *tokens], decode)
 
@@ -267,7 +260,7 @@ def stream(
         if draft_model is not None:
             prompt_cache += make_prompt_cache(draft_model)
     known = held.known()
-    row = _prepare(prompt_cache, steerings, _prompt(_Rest(tokens, known), held.seen, tokenizer.decode), held)
+    row = _prepare(prompt_cache, steerings, _prompt(tokens, held.seen, tokenizer.decode, known), held)
     plan = Plan(sites, steerings=[steering] if steering is not None else ())
     pieces = stream_generate(
         model, tokenizer, list(tokens), prompt_cache=prompt_cache, draft_model=draft_model, **options
@@ -344,7 +337,7 @@ def generate(
     around = [s for plan in active(sites.model) if plan.adopt for s in plan.steerings]
     text, made, chosen, reason = [], [], [], None
     held = _held(options.get("prompt_cache"), options.get("cached_tokens"), steered=False)
-    tokens, seen = _Rest(tokens, held.known()), held.seen
+    earlier = held.known()
     for piece in stream(sites, tokenizer, tokens, steering, **options):
         text.append(piece.text)
         reason = piece.finish_reason
@@ -352,7 +345,8 @@ def generate(
             made.append(piece.token)
             if logprobs:
                 chosen.append(piece.logprobs[piece.token])
-    touched = _touched(sites, [*around, *([steering] if steering else [])], tokens, made, tokenizer, seen)
+    acting = [*around, *([steering] if steering else [])]
+    touched = _touched(sites, acting, tokens, made, tokenizer, held.seen, earlier)
     taken = mx.stack(chosen) if chosen else (mx.zeros((0,)) if logprobs else None)
     return Generation("".join(text), made, tokens, reason, taken, touched)
 
@@ -373,10 +367,11 @@ def _touched(
     made: Sequence[int],
     tokenizer: TokenizerWrapper,
     seen: int = 0,
+    earlier: Sequence[int] | None = None,
 ) -> Touched:
     """Which tokens of a sequence any of the steerings acted on; warns of an intervention that acted on none."""
     width = len(tokens) + len(made)
-    row = Tokens([seen], [width], width, [_prompt(tokens, seen, tokenizer.decode)])
+    row = Tokens([seen], [width], width, [_prompt(tokens, seen, tokenizer.decode, earlier)])
     touched = np.zeros(width, bool)
     for site, part in ((site, p) for s in steerings if s.strength for site, i in s.edits for p in i.parts()):
         if isinstance(part.strength, float) and not part.strength:

@@ -258,7 +258,7 @@ def generation_sweep(
             vector as it is. For ``"add_vector"`` only.
         intervention: what is done with the direction, by name; or a callable from a direction and a list of one
             strength to an intervention, which is to act at `at`.
-        max_tokens: the most tokens to generate.
+        max_tokens: the most tokens to generate; fewer where a model's learned positions end before.
         temp: the temperature; 0 is greedy.
         seed: for sampling.
         samples: texts per layer, strength and prompt.
@@ -275,7 +275,7 @@ def generation_sweep(
     Raises:
         TypeError: no prompts, vector, scorer or option.
         ValueError: there are no prompts, layers or strengths; a number lies outside its range; the vector doesn't fit;
-            several samples without sampling.
+            several samples without sampling; a prompt leaves no learned position to generate at.
         KeyError: the vector lacks a layer.
         PositionError: a position means nothing in a prompt.
         NeverFired: a place's module doesn't run in this model's forward.

@@ -176,6 +176,29 @@ def test_strengths_and_layers_of_one_steering_and_of_several(chat: Chat, vector:
 
 
 @pytest.mark.parametrize(
+    ("typed", "at"),
+    [("generated", "generated"), ("last", "last"), ("-1", -1), ("0,-1", [0, -1]), ("2:5", slice(2, 5)),
+     (":-1", slice(None, -1))],
+)  # fmt: skip
+def test_a_vector_acts_on_the_tokens_that_are_asked_for(
+    pocket: InterpretableModel, chat: Chat, vector: SteeringVector, typed: str, at: Any
+) -> None:
+    chat.add("v", vector, layer=5)
+    told = str(chat.command(f"/at {typed}"))
+    assert told == str(chat.command("/at")) == f"v: add_vector at layers.5, strength 1, tokens {at!r}"
+    assert spoken(chat, ASK) == pocket.generate([user(ASK)], vector.at(5, at=at), max_tokens=FEW)
+
+
+def test_what_is_shown_names_gates_schedules_and_spans(chat: Chat, vector: SteeringVector) -> None:
+    inner = iv.add_vector(vector[5], 3.0, at="generated", schedule=iv.decay(4), exclude=("<a>", "</a>"))
+    chat.add("file", {"layers.5": iv.when(iv.cosine(vector[5]) > 0.25, inner, 0.5)})
+    (told,) = chat.words()
+    assert told.startswith("file: add_vector at layers.5, strength 1.5, tokens 'generated', decay(half_life=4")
+    assert "not inside(opening='<a>', closing='</a>')" in told
+    assert told.endswith("when (cosine(<256>) > 0.25) (per prompt)")
+
+
+@pytest.mark.parametrize(
     ("line", "message"),
     [
         ("/strenth 2", "there is no command /strenth. Nearest: /strength"),
@@ -188,6 +211,9 @@ def test_strengths_and_layers_of_one_steering_and_of_several(chat: Chat, vector:
         ("/layer v five", "layers are numbers such as 5 or 4,5,6, not 'five'"),
         ("/layer 4,", "layers are numbers"),
         ("/layer file 3", "file is a file of interventions"),
+        ("/at v genrated", "not 'genrated'. Nearest: generated"),
+        ("/at v 1,", "a position is a name, or like -1 or 0,1 or 2:5, not '1,'"),
+        ("/at file last", "file is a file of interventions"),
         ("/off w", "no steering called 'w'"),
         ("/on v w", "it is written /on [NAME]"),
         ("/load", "it is written /load FILE [NAME]"),
@@ -500,6 +526,8 @@ def run(*arguments: str, monkeypatch: pytest.MonkeyPatch) -> int:
         (("--vector", "v.safetensors", "--vector", "w/v.safetensors"), "two files are called v"),
         (("--layer", "3"), "name one by --vector"),
         (("--interventions", "i.safetensors", "--layer", "3"), "name one by --vector"),
+        (("--interventions", "i.safetensors", "--at", "last"), "--at last says where a vector acts"),
+        (("--vector", "v.safetensors", "--at", "lst"), "Nearest: last"),
         (("--interventions", "missing.safetensors"), "there is no file missing.safetensors"),
         (("--strength", "2"), "--strength 2 of what?"),
         (("--strength", "nan"), "nan is no finite number"),

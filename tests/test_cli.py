@@ -70,6 +70,20 @@ def test_errors_are_one_sentence(
     assert "Traceback" not in shown
 
 
+def test_a_missing_key_is_told_without_quotes_and_the_demo_says_where_it_saves(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(*_: object, **__: object) -> None:
+        raise KeyError("there is no layer 9; it has 'a' and 'b'.")
+
+    monkeypatch.setattr("mlxsteer.datasets.load", missing)
+    assert run("demo", monkeypatch=monkeypatch) == 1
+    assert capsys.readouterr().err == "error: there is no layer 9; it has 'a' and 'b'.\n"
+    monkeypatch.setenv("COLUMNS", "200")
+    assert run("demo", "--help", monkeypatch=monkeypatch) == 0
+    assert "[default: (BEHAVIOUR.safetensors)]" in capsys.readouterr().out
+
+
 def test_version_and_wrong_usage(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert run("--version", monkeypatch=monkeypatch) == 0
     assert capsys.readouterr().out.strip()

@@ -455,6 +455,17 @@ def test_bad_sweeps_are_refused_before_anything_runs(
         generation_sweep(InterpretableModel(llama.model), steering_vector(), PROMPTS, layers=0)
 
 
+def test_texts_end_where_learned_positions_do(tokenizer: TokenizerWrapper) -> None:
+    model = InterpretableModel(tiny.build("gpt2", n_positions=16), tokenizer)
+    options: dict[str, Any] = {"layers": 1, "strengths": [0.0, 1.0], "at": "generated"}
+    found = generation_sweep(model, steering_vector(), PROMPTS, max_tokens=9, **options)
+    assert [[len(text.tokens) for text in row] for row in found.texts[0, :, :, 0]] == [[5, 9]] * 2
+    alone = model.generate(PROMPTS[0], steering_vector().at(1, 1.0, "generated", unit="residual"), max_tokens=9)
+    assert found.texts[0, 1, 0, 0].tokens == alone.tokens
+    with pytest.raises(ValueError, match="prompt 1: the prompt has 16 tokens, and the model has 16 learned positions"):
+        generation_sweep(model, steering_vector(), [PROMPTS[0], [5] * 16], max_tokens=9, **options)
+
+
 # -- the pocket model ------------------------------------------------------------------------------------------------
 
 

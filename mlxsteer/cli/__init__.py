@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from mlxsteer.cli.chat import chat
+from mlxsteer.cli.chat import chat, sentence
 from mlxsteer.cli.demo import demo
 
 app = typer.Typer(
@@ -49,5 +49,5 @@ def main() -> None:
     except (ValueError, KeyError, TypeError, OSError, RuntimeError) as error:
         if "--debug" in sys.argv[1:]:
             raise
-        Console(stderr=True).print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+        Console(stderr=True).print(f"error: {sentence(error)}", style="red", markup=False, soft_wrap=True)
         sys.exit(1)

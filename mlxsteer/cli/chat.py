@@ -27,8 +27,10 @@ from mlxsteer import interventions as iv
 from mlxsteer.extraction import extract
 from mlxsteer.interventions.base import Compose, Intervention
 from mlxsteer.interventions.files import FORMAT, as_json
+from mlxsteer.interventions.gates import When
 from mlxsteer.model import InterpretableModel
 from mlxsteer.pairs import PairSet, in_split, nearest
+from mlxsteer.positions import NAMES, At
 from mlxsteer.recommended import recommended
 from mlxsteer.steering import Steering
 from mlxsteer.vectors import SteeringVector
@@ -65,13 +67,33 @@ def opened(name: str, model: str) -> Source:
     return iv.load(path) if FORMAT in metadata else SteeringVector.load(path)
 
 
-def _each(one: Intervention, by: float = 1.0) -> Iterator[tuple[Intervention, float]]:
-    """The elementary interventions in one, each with the strength at which it acts."""
-    if not isinstance(one, Compose):
-        yield one, by * float(one.strength)
-        return
-    for step in one.steps:
-        yield from _each(step, by * one.strength)
+def _each(one: Intervention, by: float = 1.0, gate: str = "") -> Iterator[tuple[Intervention, float, str]]:
+    """The elementary interventions in one, each with the strength at which it acts, and what has to hold for it."""
+    by *= float(one.strength)
+    if isinstance(one, When):
+        yield from _each(one.then, by, f"{gate}, when {one.condition} (per {one.per})")
+    elif isinstance(one, Compose):
+        for step in one.steps:
+            yield from _each(step, by, gate)
+    else:
+        yield one, by, gate
+
+
+def _place(text: str) -> At:
+    """A position as it is typed: a name, indices such as ``-1`` or ``0,1``, or a slice such as ``2:5``.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    if text in NAMES:
+        return text
+    number = "-?[0-9]{1,9}"
+    if re.fullmatch(f"{number}(,{number})*", text):
+        indices = [int(index) for index in text.split(",")]
+        return indices if len(indices) > 1 else indices[0]
+    if re.fullmatch(f"({number})?:({number})?", text):
+        return slice(*(int(end) if end else None for end in text.split(":")))
+    raise ValueError(f"a position is a name, or like -1 or 0,1 or 2:5, not {text!r}. {nearest(text, NAMES, '/help')}")
 
 
 @dataclass(frozen=True)
@@ -80,7 +102,8 @@ class Named:
 
     Attributes:
         source: a vector, or interventions by key, which say themselves where they act.
-        layers: where a vector acts, on all tokens.
+        layers: where a vector acts.
+        at: on which tokens a vector acts.
         strength: 0 is plain; multiplies the vector, or the strengths in the file.
         on: whether it acts.
     """
@@ -89,19 +112,21 @@ class Named:
     layers: tuple[int, ...] = ()
     strength: float = 1.0
     on: bool = True
+    at: At = "all"
 
     def interventions(self) -> dict[str, Intervention]:
         """The key dict that does it."""
         if isinstance(self.source, SteeringVector):
-            return self.source.at(self.layers, self.strength)
+            return self.source.at(self.layers, self.strength, self.at)
         return {key: Compose((one,), self.strength) for key, one in self.source.items()}
 
     def acts(self) -> Iterator[tuple[str, str, str, str]]:
-        """Key, kind, strength and position of everything in it, in words."""
+        """Key, kind, strength and tokens of everything in it, in words."""
         for key, one in self.interventions().items():
-            for part, strength in _each(one):
+            for part, strength, gate in _each(one):
                 when = f", {part.schedule}" if part.schedule is not None else ""
-                yield key, part.name, f"{strength:g}", f"{part.at.written()!r}{when}"
+                spans = f", not {part.exclude}" if part.exclude is not None else ""
+                yield key, part.name, f"{strength:g}", f"{part.at.written()!r}{when}{spans}{gate}"
 
     def __str__(self) -> str:
         told = "; ".join(f"{kind} at {key}, strength {s}, tokens {where}" for key, kind, s, where in self.acts())
@@ -184,7 +209,9 @@ class Chat:
 
     # -- steering ----------------------------------------------------------------------------------------------------
 
-    def add(self, name: str, source: Source, layer: int | None = None, strength: float | None = None) -> None:
+    def add(
+        self, name: str, source: Source, layer: int | None = None, strength: float | None = None, at: At = "all"
+    ) -> None:
         """A further steering, which acts after those there are; one of the same name is replaced.
 
         Args:
@@ -192,6 +219,7 @@ class Chat:
             source: a vector; the pairs to compute one from; or interventions by key.
             layer: where a vector acts: unless told, where its pairs were measured to steer best, or in its middle.
             strength: 1, unless told.
+            at: the tokens that a vector acts on.
 
         Raises:
             ValueError: it is another model's, or has strengths for several rows.
@@ -204,7 +232,7 @@ class Chat:
         if isinstance(source, SteeringVector):
             source.check(self.model)
             layer = source.layers[len(source) // 2] if layer is None else layer
-        one = Named(source, () if layer is None else (layer,), 1.0 if strength is None else strength)
+        one = Named(source, () if layer is None else (layer,), 1.0 if strength is None else strength, at=at)
         self._checked(one)
         self.steerings.pop(name, None)
         self.steerings[name] = one
@@ -297,10 +325,20 @@ class Chat:
         *name, last = given
         if not re.fullmatch("[0-9]{1,9}(,[0-9]{1,9})*", last):
             raise ValueError(f"layers are numbers such as 5 or 4,5,6, not {last!r}.")
+        return self._change(self._vector(*name), layers=tuple(dict.fromkeys(map(int, last.split(",")))))
+
+    def _at(self, *given: str) -> Text:
+        if not given:
+            return self._told(*self.steerings)
+        *name, last = given
+        at = _place(last)
+        return self._change(self._vector(*name), at=at)
+
+    def _vector(self, *name: str) -> str:
         called = self._called(*name)
         if not isinstance(self.steerings[called].source, SteeringVector):
             raise ValueError(f"{called} is a file of interventions, which says itself where it acts.")
-        return self._change(called, layers=tuple(dict.fromkeys(map(int, last.split(",")))))
+        return called
 
     def _switch(self, on: bool, name: str = "") -> Text:
         names = [self._called(name)] if name else list(self.steerings)
@@ -370,6 +408,7 @@ class Chat:
 _USAGE: tuple[tuple[Callable[..., RenderableType], str, str], ...] = (
     (Chat._strength, "/strength [NAME] [X]", "show or set how strongly it steers; 0 is plain"),
     (Chat._layer, "/layer [NAME] [N,N,...]", "show or set the layers that a vector acts at"),
+    (Chat._at, "/at [NAME] [WHERE]", "show or set the tokens: all, prompt, generated, last, first, -1, 2:5"),
     (lambda chat, *name: chat._switch(False, *name), "/off [NAME]", "stop steering, for now"),
     (lambda chat, *name: chat._switch(True, *name), "/on [NAME]", "steer again"),
     (Chat._load, "/load FILE [NAME]", "a vector, a file of interventions, or a contrast set such as sentiment"),
@@ -449,7 +488,7 @@ def talk(chat: Chat, screen: Console, aside: Console) -> None:
         screen.print()
 
 
-def _sources(names: Sequence[str], layer: int | None, model: str) -> dict[str, Source]:
+def _sources(names: Sequence[str], layer: int | None, at: str | None, model: str) -> dict[str, Source]:
     """What the command line names, by name; read before the model is, so that a wrong name costs no time."""
     made: dict[str, Source] = {}
     for name in names:
@@ -459,8 +498,10 @@ def _sources(names: Sequence[str], layer: int | None, model: str) -> dict[str, S
         source = made[stem] = opened(name, model)
         if isinstance(source, SteeringVector) and layer is not None and layer not in source.layers:
             raise ValueError(f"--layer {layer}: {name} has no direction there; it has {source.layers}.")
-    if layer is not None and all(isinstance(source, dict) for source in made.values()):
-        raise ValueError(f"--layer {layer} says where a vector acts: name one by --vector.")
+    if all(isinstance(source, dict) for source in made.values()):
+        for option, value in (("--layer", layer), ("--at", at)):
+            if value is not None:
+                raise ValueError(f"{option} {value} says where a vector acts: name one by --vector.")
     return made
 
 
@@ -482,6 +523,9 @@ def chat(
     strength: Annotated[
         float | None, typer.Option(callback=_finite, help="How strongly; 0 is plain, 1 unless told.")
     ] = None,
+    at: Annotated[
+        str | None, typer.Option(help="The tokens that vectors act on, all unless told: as /at in the chat.")
+    ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="The most tokens of an answer.")] = 256,
     temp: Annotated[float, typer.Option(min=0, callback=_finite, help="The temperature; 0 is greedy.")] = 0.0,
     seed: Annotated[int | None, typer.Option(min=0, help="Of sampling; another for each answer, unless told.")] = None,
@@ -495,7 +539,8 @@ def chat(
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a byte that is no text must not end the chat
     screen, aside = Console(), Console(stderr=True)
-    sources = _sources([*(vector or ()), *([interventions] if interventions else [])], layer, model)
+    place = "all" if at is None else _place(at)
+    sources = _sources([*(vector or ()), *([interventions] if interventions else [])], layer, at, model)
     if strength is not None and not sources:
         raise ValueError(f"--strength {strength:g} of what? Name something by --vector or --interventions.")
     talking = Chat(InterpretableModel(model), system, max_tokens, temp, seed)
@@ -504,6 +549,6 @@ def chat(
         aside.print(literal(f"{model} has no chat template: it goes on with your text as it stands."), soft_wrap=True)
     with _remarks(aside):
         for name, source in sources.items():
-            talking.add(name, source, layer, strength)
+            talking.add(name, source, layer, strength, place)
     aside.print(literal("\n".join([*talking.words(), "/help lists the commands."])), soft_wrap=True)
     talk(talking, screen, aside)

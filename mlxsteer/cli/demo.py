@@ -43,7 +43,9 @@ def demo(
     pairs: Annotated[int, typer.Option(min=1, help="Training pairs to compute the vector from.")] = 24,
     held_out: Annotated[int, typer.Option(min=1, help="Held-out pairs to choose on, and to report on.")] = 4,
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each completion.")] = 16,
-    out: Annotated[Path | None, typer.Option(help="Where to save the vector. [default: BEHAVIOUR.safetensors]")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Where to save the vector.", show_default="BEHAVIOUR.safetensors")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object in place of tables.")] = False,
 ) -> None:
     """Find a steering vector, see where and how much it acts, and watch it change the text.
