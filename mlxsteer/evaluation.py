@@ -38,7 +38,7 @@ from mlxsteer.model import InterpretableModel
 from mlxsteer.pairs import PAIR_HASHES, ContrastPair, PairSet, checked, counted, pairs_seen
 from mlxsteer.progress import Step, reporting
 from mlxsteer.questions import check_count
-from mlxsteer.reading import as_chat
+from mlxsteer.reading import as_chat, encode_side
 from mlxsteer.sites import Site
 from mlxsteer.vectors import SteeringVector
 
@@ -259,7 +259,8 @@ def evaluate(
         neutral: prompts to measure side effects on; `datasets.neutral` for the model unless given.
         questions: two-option pairs whose positive side is the right answer, for what the steering costs in capability.
         instruction: a sentence that asks for the behaviour, to hold the steering against: put before each prompt; in
-            a chat a system message, or joined to the one that is there.
+            a chat a system message, or joined to the one that is there, or at the head of the user's first message
+            where the chat template takes no system message.
         nulls: random vectors of the same lengths to hold it against; where anything else is done than adding one
             vector at each place, none are drawn, and the table and the warnings say so.
         tokens: of the unsteered model's continuation of each neutral prompt, for the KL.
@@ -274,7 +275,7 @@ def evaluate(
 
     Raises:
         TypeError: no key dict, no pairs, or no vector.
-        ValueError: there are no pairs or prompts.
+        ValueError: there are no pairs or prompts, or the chat template refuses the instruction.
         UnknownKey: a key names no place.
     """
     edits = edits_of(model, interventions)
@@ -291,6 +292,7 @@ def evaluate(
     held_out = given.split("report") if "report" in given.splits else given
     if len(held_out) < 2:
         raise ValueError("an interval needs 2 pairs or more, and there is 1 to report on.")
+    instructed = _instructed(model, held_out, instruction, chat) if instruction else None
     prompts = listed(datasets.neutral(model) if neutral is None else neutral)
     options: dict[str, Any] = {"at": positions_of(edits), "chat": chat, "plain": outside_blocks(edits)}
     with reporting(progress, "evaluating") as step:
@@ -313,7 +315,7 @@ def evaluate(
         said = any(one.tokens for one in text) and any(one.tokens for one in own)
         ratio = perplexity(model, text, batch_tokens) / perplexity(model, own, batch_tokens) if said else float("nan")
         step(4, 5)
-        told = _instructed(model, held_out, instruction, chat, batch_tokens) if instruction else None
+        told = Preferences(model, instructed, batch_tokens=batch_tokens).base if instructed else None
         accuracy = None
         if asked_about is not None:
             asked = Preferences(model, asked_about, batch_tokens=batch_tokens, **options)
@@ -424,18 +426,28 @@ def _nulls(
 
 
 def _instructed(
-    model: InterpretableModel, pairs: Iterable[ContrastPair], instruction: str, chat: bool, batch_tokens: int
-) -> np.ndarray[Any, Any]:
-    """The preferences of the pairs with the instruction before each prompt, unsteered."""
+    model: InterpretableModel, pairs: Iterable[ContrastPair], instruction: str, chat: bool
+) -> list[ContrastPair]:
+    """The pairs with the instruction before each prompt.
+
+    Raises:
+        ValueError: the model's chat template takes it neither as a system message nor from the user.
+    """
     asked = []
     for pair in (as_chat(pair) if chat else pair for pair in pairs):
-        if pair.messages or pair.chat:
-            messages = pair.messages or ({"role": "user", "content": pair.prompt},)
-            told = replace(pair, prompt="", chat=False, messages=_told(messages, instruction))
-        else:
-            told = replace(pair, prompt=f"{instruction} {pair.prompt}".rstrip() if pair.prompt else instruction)
+        if not (pair.messages or pair.chat):
+            prompt = f"{instruction} {pair.prompt}".rstrip() if pair.prompt else instruction
+            asked.append(replace(pair, prompt=prompt))
+            continue
+        said = pair.messages or ({"role": "user", "content": pair.prompt},)
+        told = replace(pair, prompt="", chat=False, messages=_told(said, instruction))
+        try:
+            encode_side(model, told, "positive")
+        except ValueError:  # some templates have no system message; what else may be wrong is wrong once more
+            told = replace(told, messages=_asked(said, instruction))
+            encode_side(model, told, "positive")
         asked.append(told)
-    return Preferences(model, asked, batch_tokens=batch_tokens).base
+    return asked
 
 
 def _told(messages: Sequence[dict[str, str]], instruction: str) -> tuple[dict[str, str], ...]:
@@ -446,4 +458,12 @@ def _told(messages: Sequence[dict[str, str]], instruction: str) -> tuple[dict[st
     if system is None:
         return ({"role": "system", "content": instruction}, *said)
     system["content"] = f"{system['content'].rstrip()}\n\n{instruction}".lstrip()
+    return tuple(said)
+
+
+def _asked(messages: Sequence[dict[str, str]], instruction: str) -> tuple[dict[str, str], ...]:
+    """A conversation with an instruction at the head of the user's first message."""
+    said = [dict(message) for message in messages]
+    for user in [message for message in said if message["role"] == "user"][:1]:
+        user["content"] = f"{instruction}\n\n{user['content']}"
     return tuple(said)

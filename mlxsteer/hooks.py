@@ -397,7 +397,7 @@ class Forward:
             if new:
                 before, row.steerings = row.steerings, default
                 if (told := self._told()) is not None:
-                    row.prompt, row.told = told.next(row.seen), True
+                    row.prompt, row.told = told.next(row.seen, row.known()), True
                     if before is not None:
                         row.memory = {}  # gates ask the prompt that is told now
             row.passed = alone

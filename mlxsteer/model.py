@@ -17,6 +17,7 @@ import mlx.nn as nn
 import mlx_lm
 import numpy as np
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from jinja2 import TemplateError
 from mlx_lm.generate import GenerationResponse
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
@@ -192,9 +193,13 @@ class InterpretableModel:
             if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
                 raise ValueError(f"a chat message is a dict with 'role' and 'content', not {message!r}.")
         answering = messages[-1]["role"] == "assistant"
-        tokens = tokenizer.apply_chat_template(
-            [dict(m) for m in messages], add_generation_prompt=not answering, continue_final_message=answering
-        )
+        try:
+            tokens = tokenizer.apply_chat_template(
+                [dict(m) for m in messages], add_generation_prompt=not answering, continue_final_message=answering
+            )
+        except TemplateError as error:
+            roles = ", ".join(str(message["role"]) for message in messages)
+            raise ValueError(f"{self.name}'s chat template refuses messages by {roles}: {error}") from error
         return [int(t) for t in tokens]
 
     def _needed_tokenizer(self, what: str) -> TokenizerWrapper:

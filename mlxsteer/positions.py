@@ -117,23 +117,28 @@ class ToldPrompts:
     ) -> None:
         self._prompts, self._decode, self._repeat, self._begun = list(prompts), decode, repeat, 0
 
-    def next(self, seen: int) -> Prompt:
+    def next(self, seen: int, earlier: Sequence[int] | None = None) -> Prompt:
         """The prompt of the next row to begin, after `seen` tokens that its cache holds already.
+
+        Args:
+            seen: how many.
+            earlier: which, where they are known.
 
         Raises:
             ValueError: more rows begin than there are prompts.
         """
         self._begun += 1
-        return self.row(self._begun - 1, seen)
+        return self.row(self._begun - 1, seen, earlier)
 
-    def row(self, index: int, seen: int = 0) -> Prompt:
+    def row(self, index: int, seen: int = 0, earlier: Sequence[int] | None = None) -> Prompt:
         """The prompt of row `index`."""
         if not self._repeat and index >= len(self._prompts):
             raise ValueError(f"prompt_tokens= holds {len(self._prompts)} prompts, and one more row has begun.")
         told = self._prompts[0 if self._repeat else index]
         if isinstance(told, int):
             return Prompt(seen + told, None, self._decode)
-        return Prompt(seen + len(told), told if not seen else None, self._decode)
+        known = [] if not seen else earlier
+        return Prompt(seen + len(told), None if known is None else [*known, *told], self._decode)
 
 
 @dataclass(frozen=True)

@@ -232,18 +232,30 @@ def test_an_instruction_joins_the_system_message_that_is_there(pocket: Interpret
     system, asked = {"role": role, "content": "You are warm.\n"}, {"role": "user", "content": "Hello!"}
     both = {"role": role, "content": "You are warm.\n\nBe kind."}
     given = [ContrastPair("", "Good.", "Bad.", messages=(system, asked))]
-    seen: list[Any] = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluation_room, "Preferences", lambda _, pairs, **__: seen.extend(pairs) or Base())  # type: ignore[func-returns-value]
-        evaluation_room._instructed(pocket, given, "Be kind.", False, 4096)
-        evaluation_room._instructed(pocket, [replace(given[0], messages=({"role": role, "content": ""}, asked))],
-                                    "Be kind.", True, 4096)  # fmt: skip
+    seen = evaluation_room._instructed(pocket, given, "Be kind.", False)
+    empty = replace(given[0], messages=({"role": role, "content": ""}, asked))
+    seen += evaluation_room._instructed(pocket, [empty], "Be kind.", True)
     assert [pair.messages for pair in seen] == [(both, asked), ({"role": role, "content": "Be kind."}, asked)]
     assert given[0].messages == (system, asked)
 
 
-class Base:
-    base = None
+def test_a_template_without_system_messages_is_instructed_by_the_user(
+    pocket: InterpretableModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = pocket.tokenizer
+    assert tokenizer is not None
+    refusing = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    monkeypatch.setattr(tokenizer._tokenizer, "chat_template", refusing + str(tokenizer.chat_template))
+    asked = {"role": "user", "content": "Hello!"}
+    given = [ContrastPair("Hello!", "Good.", "Bad.", chat=True)]
+    (told,) = evaluation_room._instructed(pocket, given, "Be kind.", False)
+    assert told.messages == ({"role": "user", "content": "Be kind.\n\nHello!"},)
+    with pytest.raises(ValueError, match="chat template refuses messages by system, user: no system role"):
+        pocket.encode([{"role": "system", "content": "x"}, asked])
+    monkeypatch.setattr(tokenizer._tokenizer, "chat_template", "{{ raise_exception('none at all') }}")
+    monkeypatch.setattr(evaluation_room, "Preferences", None)  # refused before anything runs
+    with pytest.raises(ValueError, match="refuses messages by user: none at all"):
+        evaluate(pocket, {"layers.5": iv.add_vector(mx.ones(256))}, given * 2, instruction="Be kind.", neutral=["Go."])
 
 
 def test_a_vector_that_has_seen_the_pairs_is_found_out(llama: InterpretableModel) -> None:
