@@ -5,7 +5,7 @@ from mlxsteer.caches import cache_history, fill_prompt_cache, load_prompt_cache,
 from mlxsteer.evaluation import Evaluation, evaluate
 from mlxsteer.extraction import estimate, extract, separation
 from mlxsteer.gating import GateFit, fit_gate
-from mlxsteer.generation import Generation, NothingTouched
+from mlxsteer.generation import Generation, NotFinite, NothingTouched
 from mlxsteer.generation_sweep import GenerationSweep, generation_sweep
 from mlxsteer.model import ContextLengthWarning, InterpretableModel
 from mlxsteer.pair_checks import Check
@@ -35,6 +35,7 @@ __all__ = [
     "InterpretableModel",
     "LostWrite",
     "NeverFired",
+    "NotFinite",
     "NothingTouched",
     "PairSet",
     "PartlySteered",

@@ -38,6 +38,7 @@ class Bank:
         return mx.where(touched.reshape(*touched.shape, *(1,) * (x.ndim - 2)), y, x)
 
     def __post_init__(self) -> None:
+        self.members = {id(one[0]) for one in self.vectors if one is not None}
         self._positions: tuple[Position | None, ...] = tuple(
             one[0].at if one is not None and one[1] else None for one in self.vectors
         )

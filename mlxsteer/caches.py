@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import types
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -14,6 +15,7 @@ import mlx.core as mx
 from mlx_lm.models import cache as mlx_lm_caches
 from mlx_lm.models.cache import make_prompt_cache
 
+from mlxsteer.interventions.base import whole
 from mlxsteer.interventions.files import write_whole
 from mlxsteer.positions import FOREVER, Position, Prompt, after
 from mlxsteer.steering import (
@@ -36,6 +38,28 @@ if TYPE_CHECKING:
 KEY = "mlxsteer_prompt_cache"
 """Where our data lies in the metadata of mlx-lm's file; without a dot, at which mlx-lm would take it apart."""
 VERSION = 1
+
+
+def check_cache(cache: Any, what: str = "a prompt cache") -> None:
+    """Refuse what is no prompt cache.
+
+    Args:
+        cache: what was given.
+        what: what to call it in a refusal.
+
+    Raises:
+        TypeError: it is something else.
+        ValueError: it is a list of no caches.
+    """
+    if isinstance(cache, (str, os.PathLike)):
+        raise TypeError(f"{what} is a list of mlx-lm's caches, not {cache!r}: load_prompt_cache reads one from a file.")
+    listed = isinstance(cache, (list, tuple))
+    entries = [one for one in cache if one is not None] if listed else []
+    if listed and not entries:
+        raise ValueError(f"{what} is empty: fill_prompt_cache and mlx-lm's make_prompt_cache make one.")
+    # by the class: reading a cache's state is how its rows tell a prompt from what is generated
+    if not listed or not all(hasattr(type(one), "state") for one in entries):
+        raise TypeError(f"{what} is a list of mlx-lm's caches, as fill_prompt_cache makes one, not {cache!r:.80}.")
 
 
 def fill_prompt_cache(
@@ -61,13 +85,14 @@ def fill_prompt_cache(
         at them (`after`, a callable) are those of the whole prompt.
 
     Raises:
-        ValueError: the prompt is empty, too long, or can't be encoded.
+        ValueError: the prompt is empty, too long, or can't be encoded; or a step is of no tokens.
         PositionError: a steering around this needs the prompt's end, which is still to come.
     """
+    step = whole(prefill_step_size, "prefill_step_size", 1)
     tokens = model.encode(prompt)
     cache: list[Any] = make_prompt_cache(model.model, max_kv_size)
-    for begin in range(0, len(tokens), prefill_step_size):
-        model.model(mx.array([tokens[begin : begin + prefill_step_size]]), cache=cache)
+    for begin in range(0, len(tokens), step):
+        model.model(mx.array([tokens[begin : begin + step]]), cache=cache)
         mx.eval([entry.state for entry in cache if entry is not None])
     state = state_of(cache)
     if state is None:
@@ -92,7 +117,11 @@ def cache_history(cache: Sequence[Any]) -> list[list[dict[str, Any]]]:
         (equal for edits that do the same, however strongly) and the `strength`, multipliers included. A span without
         edits was filled clean. `stop` is None where a state-space cache, filled by other code, doesn't say how much it
         holds.
+
+    Raises:
+        TypeError, ValueError: it is no prompt cache.
     """
+    check_cache(cache)
     try:
         rows = _rows(cache)
     except SteeredCacheError:
@@ -151,8 +180,11 @@ def save_prompt_cache(path: str | Path, cache: Sequence[Any], metadata: Mapping[
         ValueError: the name doesn't end in ``.safetensors``; or the cache was steered by what can't be recognised when
             it is loaded (a plain function, a callable position); or mlx-lm can't load a cache of its kind; or its
             rows are padded, in the midst of a prefill.
-        TypeError: the metadata isn't all texts.
+        TypeError: the path is none, the cache is none, or the metadata isn't all texts.
     """
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"save_prompt_cache(path, cache): a path is a text or a Path, not {type(path).__name__}.")
+    check_cache(cache)
     if Path(path).suffix != ".safetensors":
         raise ValueError(f"{path}: a prompt cache is saved as a .safetensors file.")
     texts = dict(metadata or {})
@@ -269,7 +301,7 @@ def _said(cache: Sequence[Any]) -> dict[str, Any]:
     return {"rows": [_row_data(row) for row in rows]}
 
 
-PLAIN = ("seen", "told", "read", "begun", "single", "width", "clean", "broken")
+PLAIN = ("seen", "told", "read", "begun", "clean", "broken")
 """What a row's numbers and flags are called."""
 
 

@@ -8,6 +8,7 @@ somebody looks at.
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -84,6 +85,10 @@ class Continuation:
         self.width = max(map(len, self.rows)) - self.start
         at = [(row, p - self.start) for row, positions in enumerate(needed) for p in positions]
         self.index = np.array([row * self.width + token for row, token in at], dtype=np.int32)
+        self._clean()
+
+    def _clean(self) -> None:
+        """Run the texts unedited, and keep what edits go on from."""
         self.whole: dict[Site, Any] = {}
         plan = self._plan({}, [], 1, self.blocks if self.replays else ())
         self._final = self._forward(plan, 1)
@@ -91,6 +96,31 @@ class Continuation:
             self.whole = {site: plan.captured[site] for site in self.blocks}
             mx.eval(list(self.whole.values()))
         plan.captured = {}
+
+    def shortened(self, stops: Sequence[int]) -> tuple[Continuation, np.ndarray[Any, Any]]:
+        """The same texts, each only up to a position, for a cheaper look; no token sees a later one.
+
+        Args:
+            stops: for each text the position behind the last one that is looked at, behind where the edits begin.
+
+        Returns:
+            It, and which of the needed positions are left, by number. It shares this one's clean pass where that can be
+            cut, and has run nothing by itself.
+        """
+        short = copy.copy(self)
+        short.rows = [row[:stop] for row, stop in zip(self.rows, stops, strict=True)]
+        short.width, short.block_tokens = max(map(len, short.rows)) - self.start, 0
+        row, token = np.divmod(self.index, self.width)
+        kept = np.flatnonzero(token + self.start < np.array(stops)[row])
+        short.index = (row * short.width + token)[kept].astype(np.int32)
+        short._final = self._final[:, : short.width]
+        short.whole = {}
+        for site, output in self.whole.items():
+            if not isinstance(output, mx.array) or output.shape[:2] != (len(self.rows), self.width):
+                short._clean()  # who knows which axes of it are tokens
+                break
+            short.whole[site] = output[:, : short.width]
+        return short, kept
 
     def clean(self, score: Score) -> np.ndarray[Any, Any]:
         """Scores of the clean pass, (needed positions,)."""

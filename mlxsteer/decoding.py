@@ -15,7 +15,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p
 
 from mlxsteer.forks import forkable, forked
-from mlxsteer.generation import Generation, _room, _text, _touched
+from mlxsteer.generation import Generation, _Multipliers, _room, _text, _touched
 from mlxsteer.hooks import active, attached
 from mlxsteer.interventions.gates import looks_back
 from mlxsteer.model import InterpretableModel
@@ -154,7 +154,7 @@ class Decoder:
         logprobs = None
         if self.options["logprobs"]:
             logprobs = mx.stack(job.logprobs) if job.logprobs else mx.zeros((0,))
-        touched = _touched(self.sites, steerings, prompt, job.tokens, self.tokenizer)
+        touched = _touched(self.sites, _Multipliers(steerings), prompt, job.tokens, self.tokenizer)
         text = _text(self.tokenizer, job.tokens)
         return job, Generation(text, job.tokens, prompt, job.reason, logprobs, touched)
 

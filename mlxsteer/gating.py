@@ -13,8 +13,9 @@ from rich.table import Table
 
 from mlxsteer.interventions.conditions import Compared, cosine, projection
 from mlxsteer.model import InterpretableModel
+from mlxsteer.pairs import ContrastPair
 from mlxsteer.questions import check_count
-from mlxsteer.reading import activations
+from mlxsteer.reading import activations, check_model, encode_texts
 from mlxsteer.vectors import SteeringVector
 
 _READINGS = {"cosine": cosine, "projection": projection}
@@ -67,7 +68,7 @@ def fit_gate(
     shut: Iterable[Any],
     *,
     vector: SteeringVector | None = None,
-    layers: Sequence[int] | None = None,
+    layers: int | Sequence[int] | None = None,
     reading: Literal["cosine", "projection"] = "cosine",
     read: Literal["last", "mean"] = "last",
     chat: bool = False,
@@ -88,7 +89,7 @@ def fit_gate(
         shut: prompts for which it isn't.
         vector: what is compared with, a direction for each layer; None for the difference of the two sets' means, which
             is computed from the fitted prompts alone.
-        layers: where it may read; None for all but the last.
+        layers: where it may read, a layer or several; None for all but the last.
         reading: ``"cosine"`` or ``"projection"``.
         read: the last token of a prompt, or the mean activation of all of its tokens.
         chat: prompts are a user's messages.
@@ -103,6 +104,7 @@ def fit_gate(
         TypeError, ValueError: there are fewer than 4 prompts of a kind, no such layer or reading, or texts are no
             prompts.
     """
+    check_model(model)
     if reading not in _READINGS:
         raise ValueError(f"reading is 'cosine' or 'projection', not {reading!r}.")
     if read not in ("last", "mean"):
@@ -112,12 +114,12 @@ def fit_gate(
     check_count(seed, "seed", 0)
     count = len(model.layers)
     wanted = _layers(vector, layers, count)
-    whole = [_listed(opening, "opening"), _listed(shut, "shut")]
+    whole = [_prompts(model, given, name, chat) for name, given in (("opening", opening), ("shut", shut))]
     keys = [f"layers.{layer}" for layer in wanted]
     everywhere: Any = "last" if read == "last" else lambda tokens: range(len(tokens))
-    found = [activations(model, texts, keys, read=everywhere, chat=chat, batch_tokens=batch_tokens) for texts in whole]
+    found = [activations(model, prompts, keys, read=everywhere, batch_tokens=batch_tokens) for prompts in whole]
     rng = np.random.default_rng(seed)
-    splits = [rng.permutation(len(texts)) for texts in whole]
+    splits = [rng.permutation(len(prompts)) for prompts in whole]
     cuts = [min(max(2, round(share * len(order))), len(order) - 2) for order in splits]
     rows = []
     fits: dict[int, tuple[Compared, float]] = {}
@@ -138,18 +140,23 @@ def fit_gate(
     return GateFit(fits[layer][0], layer, threshold, f1, precision, recall, tuple(row[:4] for row in rows), counts)
 
 
-def _listed(prompts: Any, name: str) -> list[Any]:
+def _prompts(model: InterpretableModel, prompts: Any, name: str, chat: bool) -> list[list[int]]:
+    """Token ids of prompts, refused by the name they have here."""
     if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Iterable):
         raise TypeError(f"{name}: prompts are a list of texts, not {prompts!r:.60}.")
     listed = list(prompts)
     if len(listed) < 4:
         raise ValueError(f"{name}: a fit takes at least 4 prompts, 2 to fit and 2 to test, not {len(listed)}.")
-    return listed
+    if any(isinstance(one, ContrastPair) for one in listed):
+        raise TypeError(f"{name}: a gate asks prompts, not contrast pairs: give [pair.prompt for pair in pairs].")
+    return [text.tokens for text in encode_texts(model, listed, name, chat=chat)]
 
 
 def _layers(vector: SteeringVector | None, layers: Any, count: int) -> list[int]:
     has = vector.layers if vector is not None else list(range(count))
-    wanted = [layer for layer in has if layer < count - 1 or count == 1] if layers is None else list(layers)
+    several = isinstance(layers, Iterable) and not isinstance(layers, str)
+    given = list(layers) if several else [layers]
+    wanted = [layer for layer in has if layer < count - 1 or count == 1] if layers is None else given
     for layer in wanted:
         if isinstance(layer, bool) or not isinstance(layer, (int, np.integer)) or layer not in has:
             raise ValueError(f"layers are numbers of {has}, not {layer!r}.")

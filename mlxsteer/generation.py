@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
+import operator
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -26,7 +27,10 @@ from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlxsteer import families
+from mlxsteer.caches import check_cache
 from mlxsteer.hooks import active, attached
+from mlxsteer.interventions.base import number, whole
+from mlxsteer.interventions.gates import spans_of
 from mlxsteer.plans import Plan
 from mlxsteer.positions import PositionError, Prompt, Tokens
 from mlxsteer.sites import SiteMap
@@ -37,11 +41,12 @@ from mlxsteer.steering import (
     SteeringState,
     carrier,
     fresh_rows,
+    leaves,
     remember,
     ride,
     state_of,
 )
-from mlxsteer.touched import Touch, Touched, dynamic, measured, told
+from mlxsteer.touched import Touch, Touched, dynamic, measured
 
 
 class Generation(str):
@@ -95,25 +100,107 @@ def sampler_of(
     """mlx-lm's sampler for the usual knobs, or the one given.
 
     Raises:
-        ValueError: a sampler and knobs for one were given.
+        TypeError: the sampler is no function, or a number is none.
+        ValueError: a sampler and knobs for one were given; a number lies outside its range.
     """
     knobs = {name: value for name, value in options.items() if value is not None}
     if sampler is not None and knobs:
         raise ValueError(f"give a sampler or {', '.join(knobs)}, not both.")
+    if sampler is not None and not callable(sampler):
+        raise TypeError(f"a sampler is a function from log-probabilities to tokens, not {sampler!r}.")
+    temp, shape = sampling_of(knobs)
     if seed is not None:
+        seed = whole(seed, "seed", 0)
+        if seed >= 2**64:
+            raise ValueError(f"seed is a whole number below 2**64, not {seed}.")
         mx.random.seed(seed)
-    if sampler is None and knobs:
-        if knobs.get("temp", 0.0) < 0:
-            raise ValueError(f"temp={knobs['temp']}: a temperature is 0 (greedy) or more.")
-        return make_sampler(**knobs)
-    return sampler
+    return make_sampler(temp, **shape) if knobs else sampler
 
 
-def check_options(options: Mapping[str, Any], *, batch: bool) -> None:
-    """Refuse a generation option that mlx-lm doesn't have, before anything runs.
+def sampling_of(options: Mapping[str, Any]) -> tuple[float, dict[str, Any]]:
+    """The temperature, and ``top_p``, ``top_k``, ``min_p`` where they are given, checked.
 
     Raises:
-        TypeError: with the nearest option there is.
+        TypeError: one of them is no number.
+        ValueError: one lies outside its range, or shapes what isn't drawn.
+    """
+    shape = {name: value for name, value in options.items() if value is not None}
+    temp = number(shape.pop("temp", 0.0), "temp")
+    if temp < 0:
+        raise ValueError(f"temp={temp}: a temperature is 0 (greedy) or more.")
+    for name, value in shape.items():
+        shape[name] = whole(value, name, 1) if name == "top_k" else number(value, name)
+        if name == "min_p" and not 0 <= shape[name] <= 1:
+            raise ValueError(f"min_p is a probability, from 0 to 1, not {value!r}.")
+        if name == "top_p" and not 0 < shape[name] <= 1:  # mlx-lm takes 0 for 1, which is its opposite
+            raise ValueError(f"top_p is a probability above 0, up to 1, not {value!r}.")
+    if shape and not temp:
+        raise ValueError(
+            f"{', '.join(shape)} shapes what is drawn, and temp=0 draws nothing: give temp= above 0, such as 1."
+        )
+    return temp, shape
+
+
+NO_LIMIT = 2**62
+"""More tokens than any text has: in place of -1, which mlx-lm's batches and draft models don't take for no limit."""
+
+
+def limits_of(max_tokens: Any, prompts: int | None = None) -> int | list[int]:
+    """`max_tokens` as mlx-lm's generators take it: one number, or one for each of several prompts.
+
+    Args:
+        max_tokens: what was given.
+        prompts: how many prompts there are in a list of them; None for a prompt by itself.
+
+    Raises:
+        ValueError: it is no number of tokens, or there isn't one for each prompt.
+    """
+    given = max_tokens.tolist() if isinstance(max_tokens, (np.ndarray, mx.array)) else max_tokens
+    if prompts is None or not isinstance(given, (list, tuple)):
+        return _limit(given, "max_tokens")
+    if len(given) != prompts:
+        raise ValueError(f"max_tokens has {len(given)} numbers for {prompts} prompts: give one for all, or one each.")
+    return [_limit(value, f"max_tokens of prompt {row}") for row, value in enumerate(given)]
+
+
+def _limit(value: Any, what: str) -> int:
+    try:
+        count = operator.index(value)
+    except TypeError:
+        count = 0
+    if isinstance(value, bool) or (count < 1 and count != -1):
+        raise ValueError(f"{what} is a whole number from 1 on, or -1 for no limit, not {value!r}.")
+    return NO_LIMIT if count == -1 else count
+
+
+def processors_of(given: Any) -> list[Callable[..., mx.array]]:
+    """``logits_processors=``, checked.
+
+    Raises:
+        TypeError: it is no list of functions.
+    """
+    if callable(given):
+        raise TypeError(f"logits_processors is a list of functions of tokens and logits; one is [f], not {given!r}.")
+    several = list(given) if isinstance(given, Iterable) and not isinstance(given, (str, Mapping)) else [given]
+    if bad := [one for one in several if not callable(one)]:
+        raise TypeError(f"logits_processors are functions of tokens and logits, not {bad[0]!r}.")
+    return several
+
+
+_NOT_HERE = {
+    "stop": "a text ends with the model's end token, or after max_tokens; to end it at a word, leave a loop over "
+    "model.stream(...)",
+    "logprobs": "each piece of a stream has its logprobs",
+}
+"""What to do in place of options that people look for."""
+
+
+def checked_options(options: Mapping[str, Any], *, batch: bool) -> dict[str, Any]:
+    """Options as mlx-lm takes them; what it doesn't have, or couldn't use, is refused before anything runs.
+
+    Raises:
+        TypeError: there is no such option, with the nearest there is; or it is of a wrong kind.
+        ValueError: a number lies outside its range, or a prompt cache is empty.
     """
     sources = (BatchGenerator.__init__,) if batch else (generate_step, speculative_generate_step, stream_generate)
     known = {name for source in sources for name in inspect.signature(source).parameters}
@@ -121,10 +208,30 @@ def check_options(options: Mapping[str, Any], *, batch: bool) -> None:
     known |= set() if batch else {"cached_tokens"}
     ours = {"max_tokens", "temp", "top_p", "top_k", "min_p", "seed", "sampler", "logprobs", "interventions"}
     for name in options:
+        if name not in known and (said := _NOT_HERE.get("stop" if name.startswith("stop") else name)):
+            raise TypeError(f"no generation option {name!r}: {said}.")
         if name not in known:
             near = "temp" if name == "temperature" else ", ".join(difflib.get_close_matches(name, known | ours, n=2))
             where = " for a list of prompts" if batch else ""
             raise TypeError(f"no generation option {name!r}{where}." + (f" Nearest: {near}." if near else ""))
+    made = {name: value for name, value in options.items() if value is not None}
+    if "prompt_cache" in made:
+        check_cache(made["prompt_cache"], "prompt_cache=")
+    if "prefill_step_size" in made:
+        made["prefill_step_size"] = whole(made["prefill_step_size"], "prefill_step_size", 1)
+    if "logits_processors" in made:
+        made["logits_processors"] = processors_of(made["logits_processors"])
+    if "draft_model" in made:
+        made["draft_model"] = _draft(made["draft_model"])
+    return made
+
+
+def _draft(given: Any) -> nn.Module:
+    """The module of a draft model, which may come wrapped as an `InterpretableModel`."""
+    found = given if isinstance(given, nn.Module) else getattr(given, "model", None)
+    if not isinstance(found, nn.Module):
+        raise TypeError(f"draft_model is a model, not {given!r:.60}: load one by name, mlx_lm.load(name)[0].")
+    return found
 
 
 def _prompt(
@@ -180,7 +287,7 @@ def _held(cache: Sequence[Any] | None, cached_tokens: Sequence[int] | None, stee
     return row
 
 
-def _prepare(cache: list[Any], steerings: tuple[Steering, ...], prompt: Prompt, held: Row) -> Row:
+def _prepare(cache: list[Any], steerings: tuple[Steering, ...], prompt: Prompt, held: Row) -> None:
     """Make a prompt cache of one row carry its steerings; nothing is changed where they are refused.
 
     Args:
@@ -188,9 +295,6 @@ def _prepare(cache: list[Any], steerings: tuple[Steering, ...], prompt: Prompt, 
         steerings: what steers the row.
         prompt: its prompt, with what the cache holds.
         held: what the cache holds, see `_held`.
-
-    Returns:
-        The row as the cache carries it from now on.
 
     Raises:
         SteeredCacheError: it was filled under other ones.
@@ -208,7 +312,6 @@ def _prepare(cache: list[Any], steerings: tuple[Steering, ...], prompt: Prompt, 
     state = state_of(cache) or SteeringState([row])
     state.rows = [row]
     ride(carrier(cache), state)
-    return row
 
 
 def stream(
@@ -260,12 +363,12 @@ def stream(
         if draft_model is not None:
             prompt_cache += make_prompt_cache(draft_model)
     known = held.known()
-    row = _prepare(prompt_cache, steerings, _prompt(tokens, held.seen, tokenizer.decode, known), held)
+    _prepare(prompt_cache, steerings, _prompt(tokens, held.seen, tokenizer.decode, known), held)
     plan = Plan(sites, steerings=[steering] if steering is not None else ())
     pieces = stream_generate(
         model, tokenizer, list(tokens), prompt_cache=prompt_cache, draft_model=draft_model, **options
     )
-    whole = [*(known or ()), *tokens]
+    fed, last = [*(known or ()), *tokens], None
     try:
         with closing(pieces):
             while True:
@@ -273,12 +376,53 @@ def stream(
                     piece = next(pieces, None)
                 if piece is None:
                     break
-                whole.append(piece.token)
+                last = piece
+                fed.append(piece.token)
                 yield piece
     finally:
-        if known is not None:
-            row.tokens = tuple(whole[: row.seen])
+        # asked for anew: mlx-lm exchanges the caches where it quantizes them
+        for row in (state_of(prompt_cache) or SteeringState([])).rows:
+            if known is not None:
+                row.tokens = tuple(fed[: row.seen])
+            row.free()  # where nothing has run, the cache is as it was
     plan.check_fired()
+    if last is not None:
+        _check_finite([last.logprobs[last.token]])
+
+
+class NotFinite(UserWarning):
+    """A steered text ended in log-probabilities that are no numbers: what was added is too large for the model."""
+
+
+def _check_finite(last: Sequence[mx.array]) -> None:
+    """Warn where a text's last log-probability is no number; a NaN stays in the cache, and makes all later ones so."""
+    if last and mx.any(mx.isnan(mx.stack(list(last)))).item():
+        message = (
+            "the model's log-probabilities are NaN, and the text means nothing: what steers it, or the model's dtype, "
+            "overflows. Steer less strongly."
+        )
+        warnings.warn(message, NotFinite, stacklevel=outside())
+
+
+class _Multipliers:
+    """The multipliers of some steerings while a text is made: other code may change them from token to token."""
+
+    def __init__(self, steerings: Iterable[Steering]) -> None:
+        self.steerings = list(steerings)
+        self._first = [steering.strength for steering in self.steerings]
+        self._largest, self.varied = [abs(strength) for strength in self._first], False
+
+    def look(self) -> None:
+        """What they are now."""
+        now = [steering.strength for steering in self.steerings]
+        if now != self._first:
+            self.varied = True
+            self._largest = [max(a, abs(b)) for a, b in zip(self._largest, now, strict=True)]
+
+    def acting(self) -> list[Steering]:
+        """The steerings that were more than nothing at some time, as strong as they were most."""
+        both = zip(self.steerings, self._first, self._largest, strict=True)
+        return [Steering(s.edits, first or largest, s.name) for s, first, largest in both if largest]
 
 
 def _remembered(
@@ -335,20 +479,39 @@ def generate(
 ) -> Generation:  # fmt: skip
     """One prompt, to the end; see `stream`."""
     around = [s for plan in active(sites.model) if plan.adopt for s in plan.steerings]
+    strengths = _Multipliers([*around, *([steering] if steering else [])])
     text, made, chosen, reason = [], [], [], None
-    held = _held(options.get("prompt_cache"), options.get("cached_tokens"), steered=False)
+    cache = options.get("prompt_cache")
+    held = _held(cache, options.get("cached_tokens"), steered=False)
     earlier = held.known()
     for piece in stream(sites, tokenizer, tokens, steering, **options):
+        strengths.look()
         text.append(piece.text)
         reason = piece.finish_reason
         if reason != "stop":
             made.append(piece.token)
             if logprobs:
-                chosen.append(piece.logprobs[piece.token])
-    acting = [*around, *([steering] if steering else [])]
-    touched = _touched(sites, acting, tokens, made, tokenizer, held.seen, earlier)
-    taken = mx.stack(chosen) if chosen else (mx.zeros((0,)) if logprobs else None)
-    return Generation("".join(text), made, tokens, reason, taken, touched)
+                chosen.append(_kept(piece.logprobs[piece.token]))
+    if held.seen and (state := state_of(cache)) is not None:
+        strengths.varied |= len(state.rows[0].history) > 1
+    begun = held.clean if held.steered else held.seen
+    touched = _touched(sites, strengths, tokens, made, tokenizer, held.seen, earlier, begun)
+    return Generation("".join(text), made, tokens, reason, _taken(chosen, logprobs), touched)
+
+
+def _kept(logprob: mx.array) -> mx.array:
+    """A token's log-probability, on its way to be evaluated: else it would hold on to those of the whole vocabulary."""
+    mx.async_eval(logprob)
+    return logprob
+
+
+def _taken(chosen: Sequence[mx.array], wanted: bool) -> mx.array | None:
+    """The log-probabilities of a text's tokens, evaluated, so that any thread may read them."""
+    if not wanted:
+        return None
+    taken = mx.stack(list(chosen)) if chosen else mx.zeros((0,))
+    mx.eval(taken)
+    return taken
 
 
 def _text(tokenizer: TokenizerWrapper, tokens: Sequence[int]) -> str:
@@ -362,40 +525,74 @@ def _text(tokenizer: TokenizerWrapper, tokens: Sequence[int]) -> str:
 
 def _touched(
     sites: SiteMap,
-    steerings: Sequence[Steering],
+    strengths: _Multipliers,
     tokens: Sequence[int],
     made: Sequence[int],
     tokenizer: TokenizerWrapper,
     seen: int = 0,
     earlier: Sequence[int] | None = None,
+    clean: int = 0,
 ) -> Touched:
-    """Which tokens of a sequence any of the steerings acted on; warns of an intervention that acted on none."""
-    width = len(tokens) + len(made)
+    """Which tokens of a sequence any of the steerings acted on; warns of an intervention that acted on none.
+
+    Args:
+        sites: the model's names.
+        strengths: the steerings, with what was seen of their strengths.
+        tokens, made: the prompt, and what was generated.
+        tokenizer: the tokenizer.
+        seen: how many tokens a prompt cache held before.
+        earlier: which, where they are known.
+        clean: how many of those were read unsteered.
+    """
+    width, acting = len(tokens) + len(made), strengths.acting()
+    whole = [*(earlier or ()), *tokens, *made]
     row = Tokens([seen], [width], width, [_prompt(tokens, seen, tokenizer.decode, earlier)])
     touched = np.zeros(width, bool)
-    for site, part in ((site, p) for s in steerings if s.strength for site, i in s.edits for p in i.parts()):
-        if isinstance(part.strength, float) and not part.strength:
+    for site, part, times, gated in ((site, *leaf) for s in acting for site, edit in s.edits for leaf in leaves(edit)):
+        if not times or (isinstance(part.strength, float) and not part.strength):
             continue
         marks = row.marks(0, part.at, part.schedule)
+        reach = part.reach(seen + len(tokens), 2 if site.heads else 1)
+        if reach is not None:
+            marks &= np.isin(np.arange(seen, seen + width), reach)
+        shut = gated and not marks[len(tokens) - 1 :].any() and marks.any()
+        if gated:  # it opens with the prompt's last token
+            marks[: len(tokens) - 1] = False
         if not marks.any():
             when = f"at={part.at.written()!r}" + (f" with schedule={part.schedule}" if part.schedule else "")
+            when += " behind a gate that opens with the prompt's last token" if shut else ""
             message = f"{part.name} at {site.key} touched no token: {when} lies nowhere in {width} tokens."
             warnings.warn(message, NothingTouched, stacklevel=outside())
         touched |= marks
-    acting = told(steerings)
-    text = [*tokens, *made]
+    _check_markers(acting, whole, tokenizer)
 
     def measure() -> list[Touch]:
-        if seen:
-            raise ValueError(
-                f"how much was touched isn't known: {seen} tokens came from a prompt cache, and the text can't be run "
-                "again without them."
-            )
-        return measured(sites, acting, text, len(tokens), tokenizer.decode)
+        for unknown, why in (
+            (seen and earlier is None, f"{seen} tokens came from a prompt cache, and nobody has told which"),
+            (strengths.varied, "a strength was changed while the text was made"),
+        ):
+            if unknown:
+                raise ValueError(f"how much was touched isn't known: {why}.")
+        return measured(sites, acting, whole, seen + len(tokens), tokenizer.decode, clean, width)
 
-    unknown = any(dynamic(edit) for steering in acting for _, edit in steering.edits) and not seen
-    pieces = functools.partial(_pieces, tokenizer, text)
+    unknown = any(dynamic(edit) for steering in acting for _, edit in steering.edits)
+    pieces = functools.partial(_pieces, tokenizer, [*tokens, *made])
     return Touched(None if unknown else touched.tolist(), pieces, len(tokens), measure)
+
+
+def _check_markers(steerings: Iterable[Steering], tokens: Sequence[int], tokenizer: TokenizerWrapper) -> None:
+    """Warn of a span whose marker is in a text, but in other tokens than the marker has by itself."""
+    edits = [edit for steering in steerings for _, edit in steering.edits]
+    markers = {marker for edit in edits for span in spans_of(edit) for marker in span.said}
+    text = tokenizer.decode(list(tokens)) if markers else ""
+    for said, ids in sorted(markers):
+        found = any(tuple(tokens[i : i + len(ids)]) == ids for i in range(len(tokens)))
+        if said in text and not found:
+            message = (
+                f"the marker {said!r} is in the text, but not as the tokens {list(ids)} that it has by itself, so that "
+                "no span was found there: say it with the space before it, or as token ids."
+            )
+            warnings.warn(message, NothingTouched, stacklevel=outside())
 
 
 def _pieces(tokenizer: TokenizerWrapper, tokens: Sequence[int]) -> list[str]:
@@ -451,6 +648,8 @@ def generate_batch(
     made: dict[int, list[int]] = {}
     chosen: dict[int, list[mx.array]] = {}
     reasons: dict[int, str | None] = {}
+    last: list[mx.array] = []
+    strengths = [_Multipliers([*around, *([steering] if steering else [])]) for steering in steerings]
     generator = BatchGenerator(model, stop_tokens=[[t] for t in tokenizer.eos_token_ids], **options)
     with closing(generator), attached(plan):
         uids = generator.insert([list(p) for p in prompts], max_tokens=limits, caches=caches)
@@ -461,16 +660,22 @@ def generate_batch(
                 if response.finish_reason != "stop":
                     made[response.uid].append(response.token)
                     if logprobs:
-                        chosen[response.uid].append(response.logprobs[response.token])
+                        chosen[response.uid].append(_kept(response.logprobs[response.token]))
+                if response.finish_reason is not None:
+                    last.append(_kept(response.logprobs[response.token]))
+            for one in strengths:
+                one.look()
     plan.check_fired()
+    if any(one.steerings for one in strengths):
+        _check_finite(last)
     return [
         Generation(
             _text(tokenizer, made[uid]),
             made[uid],
             tokens,
             reasons.get(uid),
-            (mx.stack(chosen[uid]) if chosen[uid] else mx.zeros((0,))) if logprobs else None,
-            _touched(sites, [*around, *([steering] if steering else [])], tokens, made[uid], tokenizer),
+            _taken(chosen[uid], logprobs),
+            _touched(sites, one, tokens, made[uid], tokenizer),
         )
-        for uid, tokens, steering in zip(uids, prompts, steerings, strict=True)
+        for uid, tokens, one in zip(uids, prompts, strengths, strict=True)
     ]

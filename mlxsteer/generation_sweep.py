@@ -26,14 +26,14 @@ from rich.table import Table
 from rich.text import Text
 
 from mlxsteer.decoding import Decoder, Job
-from mlxsteer.generation import Generation
-from mlxsteer.interventions.base import number
+from mlxsteer.generation import Generation, processors_of, sampling_of
+from mlxsteer.interventions.base import whole
 from mlxsteer.interventions.files import as_json
 from mlxsteer.model import InterpretableModel
 from mlxsteer.positions import At
 from mlxsteer.progress import Step, reporting
 from mlxsteer.steering import Steering
-from mlxsteer.sweep import _UNITS, Maker, _directions, _maker, check_positions
+from mlxsteer.sweep import _UNITS, Maker, _directions, _maker, check_positions, strengths_of
 from mlxsteer.vectors import SteeringVector
 
 Scorer: TypeAlias = "Callable[[str], float]"
@@ -281,7 +281,7 @@ def generation_sweep(
         NeverFired: a place's module doesn't run in this model's forward.
     """
     asked = _options({**options, "max_tokens": max_tokens, "temp": temp, "seed": seed}, samples, batch_size)
-    strong = [number(s, "a strength") for s in np.atleast_1d(np.asarray(strengths))]
+    strong = strengths_of(strengths)
     if not strong:
         raise ValueError("a sweep needs at least one strength.")
     if scorer is not None:
@@ -326,36 +326,21 @@ def _options(given: dict[str, Any], samples: int, batch_size: int) -> dict[str, 
         raise TypeError(
             f"no option {name!r}; there are {', '.join(_OPTIONS)}.{why}" + (f" Nearest: {near[0]}." if near else "")
         )
-    step = given.get("prefill_step_size", 2048)
     counts = {"max_tokens": given["max_tokens"], "samples": samples, "batch_size": batch_size}
-    knobs = {name: given[name] for name in _KNOBS if given.get(name) is not None}
-    top_k = {"top_k": knobs["top_k"]} if "top_k" in knobs else {}
-    for name, value in (counts | {"prefill_step_size": step} | top_k).items():
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
-            raise ValueError(f"{name} is a number from 1 on, not {value!r}.")
-    for name, value in knobs.items():
-        if name != "top_k" and not 0 <= number(value, name) <= 1:
-            raise ValueError(f"{name} is a probability, from 0 to 1, not {value!r}.")
-    if isinstance(given["seed"], bool) or not isinstance(given["seed"], (int, np.integer)) or given["seed"] < 0:
-        raise ValueError(f"seed is a whole number from 0 on, not {given['seed']!r}.")
-    temp = number(given["temp"], "temp")
-    if temp < 0:
-        raise ValueError(f"temp={temp}: a temperature is 0 (greedy) or more.")
+    counts["prefill_step_size"] = given.get("prefill_step_size", 2048)
+    for name, value in counts.items():
+        counts[name] = whole(value, name, 1)
+    temp, knobs = sampling_of({name: given.get(name) for name in ("temp", *_KNOBS)})
     if not temp and samples > 1:
         raise ValueError(f"samples={samples} with temp=0 is {samples} times the same text: give temp=, such as 1.")
-    if not temp and knobs:
-        raise ValueError(f"{', '.join(knobs)} shapes what is drawn, and temp=0 draws nothing: give temp=, such as 1.")
-    processors = list(given.get("logits_processors") or [])
-    if bad := [one for one in processors if not callable(one)]:
-        raise TypeError(f"logits_processors are functions of tokens and logits, not {bad[0]!r}.")
     return {
-        "max_tokens": int(given["max_tokens"]),
+        "max_tokens": counts["max_tokens"],
         "temp": temp,
-        "seed": int(given["seed"]),
+        "seed": whole(given["seed"], "seed", 0),
         "knobs": knobs,
         "logprobs": bool(given.get("logprobs")),
-        "logits_processors": processors,
-        "prefill_step_size": int(step),
+        "logits_processors": processors_of(given.get("logits_processors") or []),
+        "prefill_step_size": counts["prefill_step_size"],
     }
 
 

@@ -23,8 +23,9 @@ import mlx.nn as nn
 
 from mlxsteer.banks import Bank, banked
 from mlxsteer.interventions.base import Intervention, Where
+from mlxsteer.interventions.gates import looks_back
 from mlxsteer.plans import MISSING, Hook, NeverFired, Plan, Stopped
-from mlxsteer.positions import Prompt, Tokens, ToldPrompts
+from mlxsteer.positions import PositionError, Prompt, Tokens, ToldPrompts
 from mlxsteer.sites import Site
 from mlxsteer.steering import Row, SteeredCacheError, Steering, SteeringState, carrier, fresh_rows, opened, ride
 
@@ -358,6 +359,8 @@ class Forward:
         first = carrier(cache)
         state: SteeringState | None = getattr(first, "steering_state", None)
         if first is None or (state is None and not steered):
+            for plan in self.plans:
+                plan.began |= plan.adopt
             whole = self._told()
             prompts = [
                 whole.row(row)
@@ -369,22 +372,23 @@ class Forward:
             return None
         if state is None:
             state = SteeringState(fresh_rows(cache, count))
+            state.prepared(cache)
             ride(first, state)
-        self._adopt(state)
+        self._adopt(state, inputs)
         self.tokens, self.rows = state.begin(width), state.rows
         return state
 
     def _told(self) -> ToldPrompts | None:
         return next((plan.prompts for plan in self.plans if plan.adopt and plan.prompts is not None), None)
 
-    def _adopt(self, state: SteeringState) -> None:
+    def _adopt(self, state: SteeringState, inputs: mx.array) -> None:
         """Give rows that carry nothing the context's steering; refuse rows that are steered in another way."""
         alone = self.plans[0] if len(self.plans) == 1 else None
         if alone is not None and all(row.passed is alone for row in state.rows):
             return
         allowed = {id(s) for plan in self.plans for s in plan.steerings}
         default = tuple(s for plan in self.plans if plan.adopt for s in plan.steerings)
-        for row in state.rows:
+        for index, row in enumerate(state.rows):
             carried = {id(s) for s in row.steerings or ()}
             new = row.steerings is None
             if not new and (not carried <= allowed or not {id(s) for s in default} <= carried):
@@ -396,16 +400,30 @@ class Forward:
                 new = True  # the same steering, opened anew
             if new:
                 before, row.steerings = row.steerings, default
+                for plan in self.plans:
+                    plan.began |= plan.adopt and before is None
                 if (told := self._told()) is not None:
-                    row.prompt, row.told = told.next(row.seen, row.known()), True
-                    if before is not None:
-                        row.memory = {}  # gates ask the prompt that is told now
+                    fed = state.fed(index, inputs)
+                    if before is None or not row.told or not told.goes_on(row.prompt, row.seen, fed):
+                        padded = state.padding(index) > 0
+                        row.prompt, row.told = told.next(row.seen, row.known(), fed, padded), True
+                        state.told(index)
+                        if before is not None:
+                            row.memory = {}  # gates ask the prompt that is told now
+                elif state.padding(index) and any(looks_back(edit) for s in default for _, edit in s.edits):
+                    raise PositionError(
+                        "spans and means follow every token, and nobody says where the padding of this batch's rows "
+                        "begins: pass the prompts as model.steer(..., prompt_tokens=[...]), or use model.generate."
+                    )
             row.passed = alone
 
     def _rows(self, steering: Steering) -> tuple[bool, ...] | None:
         """Which rows carry a steering; None for all of them."""
         if self.rows is None:
-            return None
+            # Without a cache, or with one that a plan knows the tokens of, there are no rows that carry anything. What
+            # is meant for some rows of a generation is then not meant for a forward that was called amid of it.
+            own = any(plan.adopt or plan.tokens is not None for plan in self.plans if steering in plan.steerings)
+            return None if own else (False,)
         key = id(steering)
         if key not in self._carrying:
             carried = tuple(any(s is steering for s in row.steerings or ()) for row in self.rows)
@@ -483,11 +501,18 @@ class Forward:
     def _edit(self, x: mx.array, site: Site, intervention: Intervention | Bank, steering: Steering | None) -> mx.array:
         assert self.tokens is not None
         if steering is None:
+            if isinstance(intervention, Bank):  # of several steerings at once
+                for plan in self.plans:
+                    for one in plan.steerings:
+                        one.waiting.difference_update(intervention.members)
             return intervention(x, Where(self.tokens, site.key, site.layer))
         rows = self._rows(steering)
         if rows is not None and not any(rows):
             return x
-        return intervention(x, Where(self.tokens, site.key, site.layer, steering.strength, rows, id(steering)))
+        y = intervention(x, Where(self.tokens, site.key, site.layer, steering.strength, rows, id(steering)))
+        if steering.waiting and y is not x:
+            steering.waiting.discard(id(intervention))
+        return y
 
 
 def _together(plans: Sequence[Plan]) -> dict[int, list[tuple[Plan, Hook]]]:

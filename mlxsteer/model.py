@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 import difflib
 import functools
+import itertools
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -23,10 +24,11 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlxsteer import generation, pocket
 from mlxsteer.hooks import attached, copying, disable, enable, new_owner, residents, settle
+from mlxsteer.interventions.base import whole
 from mlxsteer.interventions.routes import route
 from mlxsteer.places import Places, Writing
 from mlxsteer.plans import NeverFired, Plan
-from mlxsteer.positions import ToldPrompts
+from mlxsteer.positions import ToldPrompts, is_whole
 from mlxsteer.sites import SiteMap
 from mlxsteer.steering import Steering
 from mlxsteer.trace import Recording, Trace, innermost
@@ -294,13 +296,7 @@ class InterpretableModel:
         steering = Steering.of(self._sites, interventions) if interventions is not None else None
         prompts, _ = self._encode_many(prompt)
         decode = self.tokenizer.decode if self.tokenizer is not None else None
-        counts = [prompt_tokens] * len(prompts) if isinstance(prompt_tokens, int) else prompt_tokens
-        if counts is not None:
-            if len(counts) != len(prompts):
-                raise ValueError(f"prompt_tokens= has {len(counts)} numbers for {len(prompts)} prompts.")
-            for count, tokens in zip(counts, prompts, strict=True):
-                if not 1 <= count <= len(tokens):
-                    raise ValueError(f"prompt_tokens={count}: the row has {len(tokens)} tokens.")
+        counts = _counts(prompt_tokens, prompts) if prompt_tokens is not None else None
         return Trace(self._sites, prompts, decode, steering, counts)
 
     @property
@@ -375,17 +371,15 @@ class InterpretableModel:
 
         Raises:
             NeverFired: on leaving the block: no forward of the model ran in it, or a place's module never did.
+            ValueError: a constant doesn't fit; there is a strength per row, or no prompt in `prompt_tokens`; or two
+                steerings are called ``"steering"``.
         """
+        if interventions is not None and "steering" in named:
+            raise ValueError("two are called 'steering', which a dict without a name is too: name the other mood=.")
         named = {**({"steering": interventions} if interventions is not None else {}), **named}
         if not named:
             raise ValueError("steer with what? Give a dict such as {'layers.5': add_vector(v)}.")
-        steerings = [Steering.of(self._sites, value, name) for name, value in named.items()]
-        for steering in steerings:
-            for site, intervention in steering.edits:
-                if any(part.strengths is not None for part in intervention.parts()):
-                    raise ValueError(
-                        f"{site.key}: one strength per row needs known rows: use model.generate([...]) or a trace."
-                    )
+        steerings = [_for_any_row(Steering.of(self._sites, value, name)) for name, value in named.items()]
         decode = self.tokenizer.decode if self.tokenizer is not None else None
         return OpenSteering(self._sites, steerings, _told(prompt_tokens, decode))
 
@@ -402,13 +396,16 @@ class InterpretableModel:
             refused, since other code doesn't say where the prompt ends: use the edited model's own `generate` and
             `stream`. In an inline edit the token index -1 means the newest token, ``"last"``; any other one is
             absolute, as in `at=`. To keep an edit in a file, save its key dict (`interventions.save`).
+
+        Raises:
+            ValueError: a constant doesn't fit, or there is a strength per row.
         """
         if interventions is not None:
-            Steering.of(self._sites, interventions)  # refuse what doesn't fit before copying anything
+            _for_any_row(Steering.of(self._sites, interventions))  # refuse what doesn't fit before copying anything
             edited = self._copied()
             edited._settle(Steering.of(edited._sites, interventions))
             return edited
-        return self._edit_block()
+        return EditBlock(self._edit_block())
 
     @contextmanager
     def _edit_block(self) -> Iterator[InterpretableModel]:
@@ -458,15 +455,18 @@ class InterpretableModel:
         Args:
             prompt: a text, token ids or chat messages; a list of them is generated as one batch.
             interventions: a key dict, or a `route` that chooses one by the prompt's text; for a batch also a list with
-                one of these (or None) per row.
-            max_tokens: the most tokens to generate; a model with learned positions ends with the last of them, as of
-                length.
-            temp, top_p, top_k, min_p: the usual knobs; greedy unless `temp` is given.
-            seed: seed of MLX's global generator, for sampling.
+                one of these (or None) per row. Which tokens each acts on is its ``at=``, of which `mlxsteer.positions`
+                says all forms: ``vector.at(5, at="generated")``.
+            max_tokens: the most tokens to generate, -1 for no limit; for a list of prompts also a list of one number
+                each. A model with learned positions ends with the last of them, as of length.
+            temp, top_p, top_k, min_p: the usual knobs; greedy unless `temp` is above 0, which the others need.
+            seed: seed of MLX's global generator, for sampling. A row of a batch draws otherwise than alone with the
+                same seed: the rows draw together.
             sampler: in place of the knobs.
             logprobs: keep the log-probability of every generated token.
             options: everything that mlx-lm takes (``prompt_cache=``, ``logits_processors=``, ``prefill_step_size=``,
-                ``max_kv_size=``, ``kv_bits=``, ``draft_model=``, …).
+                ``max_kv_size=``, ``kv_bits=``, ``draft_model=``, …). For a list of prompts that is what its batches
+                take: not ``prompt_cache=``, ``kv_bits=`` or ``draft_model=``.
 
         Returns:
             A `Generation` (a `str`), or a list of them for a list of prompts.
@@ -481,20 +481,21 @@ class InterpretableModel:
             SteeredCacheError: the prompt cache was filled under another steering.
             PositionError: a position means nothing for the prompt, or lies wholly in what a clean cache holds already.
             ValueError: the prompt is no prompt, or leaves no learned position to generate at; or an option doesn't fit.
+            TypeError: there is no such option, with the nearest there is; or it is of a wrong kind.
             NeverFired: a place's module never ran.
         """
         tokenizer = self._needed_tokenizer("generation")
         prompts, many = self._encode_many(prompt)
-        generation.check_options(options, batch=many)
+        options = generation.checked_options(options, batch=many)
+        options |= {"max_tokens": generation.limits_of(max_tokens, len(prompts) if many else None)}
+        steerings = self._row_steerings(interventions, prompts, prompt if many else [prompt])
         options["sampler"] = generation.sampler_of(
             sampler, seed, {"temp": temp, "top_p": top_p, "top_k": top_k, "min_p": min_p}
         )
-        options |= {"max_tokens": max_tokens, "logprobs": logprobs}
+        options["logprobs"] = logprobs
         if many:
-            steerings = self._row_steerings(interventions, prompts)
             return generation.generate_batch(self._sites, tokenizer, prompts, steerings, **options)
-        steering = self._row_steerings(interventions, prompts)[0]
-        return generation.generate(self._sites, tokenizer, prompts[0], steering, **options)
+        return generation.generate(self._sites, tokenizer, prompts[0], steerings[0], **options)
 
     def stream(
         self,
@@ -521,23 +522,35 @@ class InterpretableModel:
         prompts, many = self._encode_many(prompt)
         if many:
             raise ValueError("stream takes one prompt; generate([...]) runs several as a batch.")
-        generation.check_options(options, batch=False)
-        steering = self._row_steerings(interventions, prompts)[0]
+        options = generation.checked_options(options, batch=False)
+        options["max_tokens"] = generation.limits_of(max_tokens)
+        steering = self._row_steerings(interventions, prompts, [prompt])[0]
         knobs = {"temp": temp, "top_p": top_p, "top_k": top_k, "min_p": min_p}
-        options |= {"sampler": generation.sampler_of(sampler, seed, knobs), "max_tokens": max_tokens}
+        options["sampler"] = generation.sampler_of(sampler, seed, knobs)
         return generation.stream(self._sites, tokenizer, prompts[0], steering, **options)
 
-    def _row_steerings(self, interventions: Any, prompts: Sequence[list[int]]) -> list[Steering | None]:
-        """One steering per row, from one key dict for all, a list of them, or a route."""
-        count = len(prompts)
+    def _row_steerings(
+        self, interventions: Any, prompts: Sequence[list[int]], given: Sequence[Any] | None = None
+    ) -> list[Steering | None]:
+        """One steering per row, from one key dict for all, a list of them, or a route.
+
+        Args:
+            interventions: what was given.
+            prompts: token ids.
+            given: the prompts as they were given, for routes; the token ids, unless told.
+        """
+        count, given = len(prompts), prompts if given is None else given
         if interventions is None:
             return [None] * count
         if isinstance(interventions, (list, tuple)):
             if len(interventions) != count:
                 raise ValueError(f"{len(interventions)} key dicts for {count} prompts: give one (or None) per prompt.")
-            return self._each([*interventions], prompts)
+            return self._each([*interventions], prompts, given)
         if isinstance(interventions, route):
-            return self._each([interventions.of(self.decode(tokens)) for tokens in prompts], prompts)
+            for branch in interventions.branches():  # one that no prompt takes today is refused today
+                self._row_steerings(branch, prompts[:1], given[:1])
+            texts = [self._routed_text(tokens, one) for tokens, one in zip(prompts, given, strict=True)]
+            return self._each([interventions.of(text) for text in texts], prompts, given)
         steering = Steering.of(self._sites, interventions)
         for site, intervention in steering.edits:
             for part in intervention.parts():
@@ -546,16 +559,42 @@ class InterpretableModel:
                     raise ValueError(f"{part.name} at {site.key}: {rows} strengths for {count} rows.")
         return [steering.row(index) for index in range(count)]
 
-    def _each(self, chosen: list[Any], prompts: Sequence[list[int]]) -> list[Steering | None]:
+    def _routed_text(self, tokens: list[int], given: Any) -> str:
+        """A prompt's text as a route sees it, without the special tokens that a tokenizer or template put in front."""
+        if isinstance(given, str):
+            return given
+        special = set(getattr(self.tokenizer, "all_special_ids", ()))
+        return self.decode(list(itertools.dropwhile(special.__contains__, tokens)))
+
+    def _each(self, chosen: list[Any], prompts: Sequence[list[int]], given: Sequence[Any]) -> list[Steering | None]:
         """The steerings of rows with a key dict each; rows that were given the same one share its steering."""
         made: dict[int, Steering | None] = {}
         steerings = []
-        for one, tokens in zip(chosen, prompts, strict=True):
+        for one, tokens, prompt in zip(chosen, prompts, given, strict=True):
             name = id(tokens) if isinstance(one, route) else id(one)
             if name not in made:
-                made[name] = self._row_steerings(one, [tokens])[0]
+                made[name] = self._row_steerings(one, [tokens], [prompt])[0]
             steerings.append(made[name])
         return steerings
+
+
+class EditBlock(AbstractContextManager[InterpretableModel]):
+    """``with model.edit() as edited:``, in which edits are written in place."""
+
+    def __init__(self, block: AbstractContextManager[InterpretableModel]) -> None:
+        self._block = block
+
+    def __enter__(self) -> InterpretableModel:
+        return self._block.__enter__()
+
+    def __exit__(self, *error: Any) -> bool | None:
+        return self._block.__exit__(*error)
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(
+            f"model.edit() is a block and has no {name!r}: write `with model.edit() as edited:` and edit in it, or "
+            "give the interventions, model.edit({...})."
+        )
 
 
 class OpenSteering:
@@ -575,6 +614,12 @@ class OpenSteering:
             )
             warnings.warn(message, stacklevel=2)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name != "strength" and not name.startswith("_"):
+            named = f', or ["{name}"].strength' if name in self._steerings else ""
+            raise AttributeError(f"{name!r} can't be set: of a steering only the strength changes, .strength{named}.")
+        super().__setattr__(name, value)
+
     def __getitem__(self, name: str) -> Steering:
         if name not in self._steerings:
             near = difflib.get_close_matches(name, self._steerings, n=3) or list(self._steerings)
@@ -590,14 +635,15 @@ class OpenSteering:
     @strength.setter
     def strength(self, value: float) -> None:
         for steering in self._steerings.values():
-            steering.strength = float(value)
+            steering.strength = value
 
     def __enter__(self) -> OpenSteering:
         if self._context is not None or self._owner is not None:
             raise RuntimeError("this steering is in force already; make another one with model.steer(...).")
         self._opened = True
         self._plan.ran.clear()
-        self._plan.forwards = 0
+        self._plan.forwards, self._plan.began = 0, False
+        self._watch()
         self._context = attached(self._plan)
         self._context.__enter__()
         return self
@@ -607,11 +653,25 @@ class OpenSteering:
         context.__exit__(kind, error, traceback)
         if error is None:
             self._plan.check_fired()
+            self._check_touched()
+
+    def _watch(self) -> None:
+        for steering in self._steerings.values():
+            steering.watch()
+
+    def _check_touched(self) -> None:
+        """Warn of what lay nowhere; in a single step of a sequence, much lies nowhere by rights."""
+        if not self._plan.began or self._plan.forwards < 2:
+            return
+        for steering in self._steerings.values():
+            for said in steering.untouched():
+                warnings.warn(f"{said}.", generation.NothingTouched, stacklevel=generation.outside())
 
     def enable(self) -> OpenSteering:
         """Put it in force in this thread, without a block, until `disable()`."""
         if self._context is None and self._owner is None:
             self._opened = True
+            self._watch()
             self._owner = new_owner()  # known before anything is put on, so that disable() can always undo it
             enable(self._plan, self._owner)
         return self
@@ -625,6 +685,8 @@ class OpenSteering:
                 self._plan.check_fired()
             except NeverFired as error:  # nothing was asked to run, perhaps: a word, not an error
                 warnings.warn(str(error), stacklevel=generation.outside())
+            else:
+                self._check_touched()
 
     def __repr__(self) -> str:
         state = "in force" if self._context is not None or self._owner is not None else "not in force"
@@ -636,16 +698,60 @@ def _told(prompt_tokens: Any, decode: Callable[[list[int]], str] | None) -> Told
     """What to believe of the prompts of rows that foreign code begins."""
     if prompt_tokens is None:
         return None
-    if isinstance(prompt_tokens, bool) or (isinstance(prompt_tokens, int) and prompt_tokens < 1):
-        raise ValueError(f"prompt_tokens={prompt_tokens}: a prompt has at least one token.")
-    if isinstance(prompt_tokens, int):
-        return ToldPrompts([prompt_tokens], decode, repeat=True)
-    values: Any = prompt_tokens.tolist() if isinstance(prompt_tokens, mx.array) else list(prompt_tokens)
-    if not values or not all(isinstance(v, (int, list, tuple)) for v in values):
-        raise TypeError("prompt_tokens= is a number of tokens, a list of token ids, or a list of prompts.")
-    if isinstance(values[0], int):
-        return ToldPrompts([values], decode, repeat=True)
-    return ToldPrompts([list(v) for v in values], decode, repeat=False)
+    told = _plain(prompt_tokens)
+    if is_whole(told):
+        if told < 1:
+            raise ValueError(f"prompt_tokens={told}: a prompt has at least one token.")
+        return ToldPrompts([told], decode, repeat=True)
+    single = isinstance(told, list) and all(map(is_whole, told))
+    prompts = [told] if single else told
+    if not isinstance(prompts, list) or not all(isinstance(one, list) and all(map(is_whole, one)) for one in prompts):
+        raise TypeError(
+            "prompt_tokens= is a number of tokens, a list of token ids (model.encode(text)), or a list of such lists, "
+            f"not {prompt_tokens!r:.80}."
+        )
+    if not all(prompts):
+        raise ValueError("prompt_tokens=: a prompt has at least one token, and one of these has none.")
+    return ToldPrompts(prompts, decode, repeat=single)
+
+
+def _plain(value: Any) -> Any:
+    """Arrays and tuples as lists, and NumPy's numbers as ints, at any depth; anything else as it stands."""
+    value = value.tolist() if isinstance(value, (mx.array, np.ndarray, np.integer)) else value
+    return [_plain(one) for one in value] if isinstance(value, (list, tuple)) else value
+
+
+def _counts(prompt_tokens: Any, prompts: Sequence[Sequence[int]]) -> list[int]:
+    """How many tokens of each row are prompt.
+
+    Raises:
+        ValueError: there isn't a number for each row, or it is no number of the row's tokens.
+    """
+    told = _plain(prompt_tokens)
+    counts = told if isinstance(told, list) else [told] * len(prompts)
+    if len(counts) != len(prompts):
+        raise ValueError(f"prompt_tokens= has {len(counts)} numbers for {len(prompts)} prompts.")
+    for count, tokens in zip(counts, prompts, strict=True):
+        if whole(count, "prompt_tokens", 1) > len(tokens):
+            raise ValueError(f"prompt_tokens={count}: the row has {len(tokens)} tokens.")
+    return counts
+
+
+def _for_any_row(steering: Steering) -> Steering:
+    """Refuse a strength per row, where the rows are other code's.
+
+    Raises:
+        ValueError: with the place.
+    """
+    for site, intervention in steering.edits:
+        for part in intervention.parts():
+            if part.strengths is not None:
+                raise ValueError(
+                    f"{part.name} at {site.key}: it has {part.strengths} strengths, one per row, which work in "
+                    "model.generate([...]) and in traces: here other code makes the rows, in any number and order. "
+                    "Give one strength."
+                )
+    return steering
 
 
 def _shape(embedding: nn.Module) -> tuple[int, int]:

@@ -79,6 +79,8 @@ class Plan:
     ran: set[tuple[int, int]] = field(default_factory=set, init=False)
     """(id(module), number of the call within its forward), over all forwards."""
     forwards: int = field(default=0, init=False)
+    began: bool = field(default=False, init=False)
+    """Whether a sequence began under it, or a forward without a cache ran, rather than only some step of one."""
     calls: dict[int, int] = field(default_factory=dict, init=False)
     """id(module) → how often it ran in the last forward."""
     hooks: dict[int, Hook] = field(default_factory=dict, init=False)

@@ -2,9 +2,9 @@
 
 A position is written as ``"all"``, ``"prompt"``, ``"generated"``, ``"last"`` (the last prompt token and every
 generated one), ``"first"``, ``after("text")``, an int, a list of ints, a slice (absolute; negative ones count from
-the end of the prompt), or a callable from the prompt's token ids to positions. For one row with a known prompt each
-of them is a handful of Python `range`s, so a forward decides on the host, without looking at an array, whether it
-is touched nowhere, everywhere, or where.
+the end of the prompt), or a callable from the prompt's token ids to positions, or to one. For one row with a known
+prompt each of them is a handful of Python `range`s, so a forward decides on the host, without looking at an array,
+whether it is touched nowhere, everywhere, or where.
 """
 
 from __future__ import annotations
@@ -34,16 +34,26 @@ class after:  # noqa: N801 - reads as a word: at=after("[/INST]")
     arXiv 2312.06681).
 
     Args:
-        text: what to look for in the decoded prompt (special tokens included), or a tuple of token ids.
+        text: what to look for in the decoded prompt (special tokens included), or token ids.
+
+    Raises:
+        TypeError: it is neither.
     """
 
     text: str | tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        ids = None if isinstance(self.text, (str, int, np.integer)) else _listed(self.text)
+        if ids is not None and all(is_whole(i) for i in ids):
+            object.__setattr__(self, "text", tuple(int(i) for i in ids))
+        elif not isinstance(self.text, str):
+            raise TypeError(f"after: a text or a list of token ids, not {self.text!r}.")
 
 
 Factor: TypeAlias = Callable[[int], float]
 """A schedule: from the number of generated tokens that the model has read when it sees a token to a factor."""
 
-At: TypeAlias = "str | int | slice | Sequence[int] | after | Callable[[list[int]], Iterable[int]]"
+At: TypeAlias = "str | int | slice | Sequence[int] | after | Callable[[list[int]], Iterable[int] | int]"
 """Everything that may be written as `at=`."""
 
 
@@ -115,20 +125,68 @@ class ToldPrompts:
     def __init__(
         self, prompts: Sequence[int | list[int]], decode: Callable[[list[int]], str] | None, *, repeat: bool
     ) -> None:
-        self._prompts, self._decode, self._repeat, self._begun = list(prompts), decode, repeat, 0
+        self._prompts, self._decode, self._repeat = list(prompts), decode, repeat
+        self._waiting = list(range(len(self._prompts)))
 
-    def next(self, seen: int, earlier: Sequence[int] | None = None) -> Prompt:
-        """The prompt of the next row to begin, after `seen` tokens that its cache holds already.
+    def next(self, seen: int, earlier: Sequence[int] | None, fed: Sequence[int] | None, padded: bool = False) -> Prompt:
+        """The prompt of a row that begins: the first one left that begins with what the row is fed.
+
+        mlx-lm doesn't run the rows of a batch in the order given: prompts of one token come first.
 
         Args:
-            seen: how many.
+            seen: how many tokens its cache holds already.
             earlier: which, where they are known.
+            fed: the tokens of its first forward, where they are known.
+            padded: zeros follow all of its tokens but the last, which comes later.
 
         Raises:
-            ValueError: more rows begin than there are prompts.
+            ValueError: more rows begin than there are prompts, or one begins as none of them does.
         """
-        self._begun += 1
-        return self.row(self._begun - 1, seen, earlier)
+        if self._repeat:
+            index = 0 if _begins(self._prompts[0], fed, padded) else None
+        else:
+            if not self._waiting:
+                raise ValueError(f"prompt_tokens= holds {len(self._prompts)} prompts, and one more row has begun.")
+            near = [i for i in self._waiting if _begins(self._prompts[i], fed, padded)]
+            index = min(near, key=lambda i: self._unlikely(i, fed), default=None)
+        if index is None:
+            shown = ", ".join(map(str, (fed or ())[:8])) + (", …" if len(fed or ()) > 8 else "")
+            raise ValueError(
+                f"the model is fed the tokens [{shown}], and no prompt in prompt_tokens= that is still to come begins "
+                "so: tell the ids that will run, special tokens included."
+            )
+        if not self._repeat:
+            self._waiting.remove(index)
+        return self.row(index, seen, earlier)
+
+    def _unlikely(self, index: int, fed: Sequence[int] | None) -> tuple[bool, bool]:
+        """Of prompts that begin alike, the last one to think of: one that is fed with more behind it, or in part alone.
+
+        A single token is a whole prompt, where there is one, since mlx-lm runs these first.
+        """
+        told = self._prompts[index]
+        if fed is None or isinstance(told, int):
+            return False, False
+        return len(told) < len(fed), len(fed) == 1 < len(told)
+
+    def goes_on(self, prompt: Prompt, seen: int, fed: Sequence[int] | None) -> bool:
+        """Whether a row whose prompt was told before is still at it: the same is told again, and not fed anew.
+
+        Args:
+            prompt: the row's prompt.
+            seen: how many of its tokens the model has seen.
+            fed: the tokens of the forward that is about to run, where they are known.
+        """
+        if prompt.length is None:
+            return False
+        amid, single = seen < prompt.length, fed is None or len(fed) == 1
+        for told in self._prompts:
+            if isinstance(told, int):
+                if amid or single:
+                    return True
+            elif prompt.tokens is not None and prompt.tokens[-len(told) :] == told:
+                return amid or single or not _begins(told, fed)
+        return False
 
     def row(self, index: int, seen: int = 0, earlier: Sequence[int] | None = None) -> Prompt:
         """The prompt of row `index`."""
@@ -139,6 +197,14 @@ class ToldPrompts:
             return Prompt(seen + told, None, self._decode)
         known = [] if not seen else earlier
         return Prompt(seen + len(told), None if known is None else [*known, *told], self._decode)
+
+
+def _begins(told: int | list[int], fed: Sequence[int] | None, padded: bool = False) -> bool:
+    """Whether a prompt and what is fed are the same as far as both go."""
+    if padded and fed is not None and not isinstance(told, int):
+        end = len(told) - 1
+        return list(fed[:end]) == told[:-1][: len(fed)] and not any(fed[end:])
+    return fed is None or isinstance(told, int) or all(a == b for a, b in zip(told, fed, strict=False))
 
 
 @dataclass(frozen=True)
@@ -158,7 +224,7 @@ class Position:
 
     @functools.cached_property
     def _hash(self) -> int:
-        return hash((self.kind, self.value))
+        return hash((self.kind, handle(self.value)))
 
     @classmethod
     def of(cls, at: At | Position) -> Position:
@@ -176,7 +242,7 @@ class Position:
         if isinstance(at, after):
             if not at.text:
                 raise PositionError("at=after(''): an empty text occurs everywhere; use at='all'.")
-            return cls("after", tuple(at.text) if not isinstance(at.text, str) else at.text)
+            return cls("after", at.text)
         if isinstance(at, slice):
             try:
                 parts = tuple(None if part is None else operator.index(part) for part in (at.start, at.stop, at.step))
@@ -188,7 +254,7 @@ class Position:
         if callable(at) and not isinstance(at, type):
             return cls("call", at)
         numbers = _listed(at)
-        if numbers is not None and all(isinstance(i, (int, np.integer)) and not isinstance(i, bool) for i in numbers):
+        if numbers is not None and all(is_whole(i) for i in numbers):
             return cls("ints", tuple(int(i) for i in numbers))
         raise PositionError(
             f"at={at!r} is no position: say one of {', '.join(NAMES)}, after(text), an int, a list of ints, a slice, "
@@ -215,9 +281,8 @@ class Position:
             )
         if prompt.mixed:
             raise PositionError(
-                f"at={name!r}: prompt and generated tokens can't be told apart here (with a draft model, or in a loop "
-                "that evaluates its cache at every step): pass the prompt as model.steer(..., prompt_tokens=...), or "
-                "use model.generate."
+                f"at={name!r}: prompt and generated tokens can't be told apart here (in a loop that isn't mlx-lm's, or "
+                "with a draft model): pass the prompt as model.steer(..., prompt_tokens=...), or use model.generate."
             )
         # foreign code that is still in the prompt: all so far is prompt, nothing is generated
         end = FOREVER if prompt.length is None else prompt.length
@@ -257,12 +322,21 @@ class Position:
 
     def _call(self, prompt: Prompt) -> tuple[range, ...]:
         length = prompt.needed("a callable")
-        returned = list(self.value(list(prompt.ids("a callable"))))
-        if returned and all(isinstance(i, (bool, np.bool_)) for i in returned):
-            if len(returned) != length:
-                raise PositionError(f"the callable given as at= marked {len(returned)} of {length} prompt tokens.")
-            returned = [i for i, marked in enumerate(returned) if marked]
-        chosen = [int(i) for i in returned]
+        returned = self.value(list(prompt.ids("a callable")))
+        chosen = _chosen(returned)
+        if isinstance(returned, Iterable) and chosen and all(isinstance(i, (bool, np.bool_)) for i in chosen):
+            if len(chosen) != length:
+                raise PositionError(f"the callable given as at= marked {len(chosen)} of {length} prompt tokens.")
+            chosen = [i for i, marked in enumerate(chosen) if marked]
+        try:
+            if any(isinstance(i, (bool, np.bool_)) for i in chosen):  # True is an index to Python
+                raise TypeError
+            chosen = [operator.index(i) for i in chosen]
+        except TypeError:
+            raise PositionError(
+                f"a callable given as at= gives a list of token indices, such as [0, 3], or one; this one gave "
+                f"{returned!r:.80}."
+            ) from None
         if bad := [i for i in chosen if not -length <= i < length]:
             raise PositionError(f"the callable given as at= chose position {bad[0]} in a prompt of {length} tokens.")
         return tuple(range(p, p + 1) for p in sorted({i % length for i in chosen}))
@@ -282,6 +356,27 @@ def _listed(at: Any) -> list[Any] | None:
     if isinstance(values, Sequence) and not isinstance(values, (str, bytes)):
         return list(values)
     return [values] if isinstance(values, (int, np.integer)) else None
+
+
+def is_whole(value: Any) -> bool:
+    """Whether it is a whole number, Python's or NumPy's; True and False aren't."""
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def _chosen(returned: Any) -> list[Any]:
+    """What a callable gave, one by one; a thing of its own where it gave no several."""
+    if isinstance(returned, (np.ndarray, mx.array)):
+        returned = returned.tolist()
+    return list(returned) if isinstance(returned, Iterable) and not isinstance(returned, (str, bytes)) else [returned]
+
+
+def handle(value: Any) -> Any:
+    """What stands for a value among the keys of a dict: itself, or which object it is where it can't be hashed."""
+    try:
+        hash(value)
+    except TypeError:
+        return id(value)
+    return value
 
 
 def _end_of(text: str | tuple[int, ...], prompt: Prompt) -> int:

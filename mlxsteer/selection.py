@@ -35,6 +35,9 @@ __all__ = ["Candidate", "Choice", "Evidence", "select"]
 TRIED = (0.7, 2.5)
 """Strengths of the first look, in residual norms: less than the stream itself, and more."""
 
+GLANCE, FIRST = 2, 4
+"""Tokens of each neutral continuation (or a sixth of them), and of each completion, that the first look is at."""
+
 STRONGEST = 10.0
 """Residual norms: a budget that isn't spent by then isn't what limits."""
 
@@ -70,8 +73,8 @@ def select(
 
     The vector is computed on the train split, layer and strength are chosen on the choose split, and what is reported
     comes from the report split. Layers are compared at equal side effects: each at the strength that spends the
-    budget. All are read from outside first (separation), then tried on a part of the data; the
-    best are measured on all of it, alone and together.
+    budget. All are read from outside first (separation), then tried on the first tokens of every text; the
+    best are measured on all of them, alone and together.
 
     Args:
         model: the model.
@@ -122,7 +125,7 @@ def select(
             vector.check(model)
             wanted = chosen_layers(model, vector, layers)
         vector.at(wanted, 1.0, at, unit="residual")  # refuse what is missing before anything is measured
-        some = _parted(choose)[0]
+        some = _parted(choose, max(4, len(choose) // 6))[0]
         looks = separation(model, vector.only(wanted), some, read=read, chat=chat, batch_tokens=batch_tokens)
         cost += _token_count(model, some, chat) * (1 + max(wanted))
         step(1, 5)
@@ -133,9 +136,7 @@ def select(
         guesses: dict[int, tuple[float, float]] = {}
         if screen and len(kept) > 2:
             guesses = {layer: bench.tried({layer: 1.0}) for layer in kept}
-            kept = sorted(kept, key=lambda layer: -guesses[layer][1])[: max(2, len(wanted) // 8)]
-            # a second best that looks clearly worse isn't worth measuring
-            kept = [layer for layer in kept if guesses[layer][1] >= 0.9 * guesses[kept[0]][1]]
+            kept = bench.promising(guesses, max(2, len(wanted) // 8))
         step(2, 5)
         found = {layer: bench.measured({layer: 1.0}, guesses.get(layer, (None, 0))[0]) for layer in sorted(kept)}
         single = sorted(found.values(), key=lambda one: -one.effect)
@@ -215,12 +216,18 @@ def _token_count(model: InterpretableModel, pairs: Iterable[ContrastPair], chat:
     return sum(len(encode_side(model, pair, side)[0]) for pair in both for side in ("positive", "negative"))
 
 
-def _parted(values: Sequence[Any]) -> list[list[Any]]:
-    """A sixth, but at least four, spread over the whole; and the rest, if there is any."""
-    count = min(len(values), max(4, len(values) // 6))
-    first = set(np.linspace(0, len(values) - 1, count).round().astype(int).tolist())
+def _parted(values: Sequence[Any], count: int) -> list[list[Any]]:
+    """So many values, spread over the whole; and the rest, if there is any."""
+    first = set(np.linspace(0, len(values) - 1, min(count, len(values))).round().astype(int).tolist())
     parts = [[value for i, value in enumerate(values) if (i in first) == wanted] for wanted in (True, False)]
     return [part for part in parts if part]
+
+
+def _looked_at(model: InterpretableModel, pairs: Sequence[ContrastPair], chat: bool) -> int:
+    """How many pairs a first look takes: their first tokens are a tenth of all there are, and at least four pairs."""
+    texts = [encode_side(model, as_chat(pair) if chat else pair, "positive") for pair in pairs]
+    lengths = np.array([len(tokens) - prompt for tokens, prompt in texts])
+    return max(4, int(len(pairs) * lengths.mean() / 10 / np.minimum(lengths, FIRST).mean()))
 
 
 class _Bench:
@@ -245,23 +252,39 @@ class _Bench:
         self.model, self.vector, self.at, self.measure, self.limit = model, vector, at, measure, limit
         options: dict[str, Any] = {"at": at, "chat": chat, "batch_tokens": batch_tokens}
         self.reference = Reference(model, prompts, tokens=tokens, variants=len(TRIED), **options)
-        # The first look is at the first tokens behind every prompt: prompts differ more in how much they are disturbed
-        # than tokens do, and where one token is steered, most of it shows at once.
-        self.glance = self.reference.shortened(max(2, tokens // 6)) if parts and tokens > 2 else self.reference
-        self._longer: float | None = None
-        self.preferences = [Preferences(model, part, **options) for part in (_parted(pairs) if parts else [pairs])]
+        split = _parted(pairs, _looked_at(model, pairs, chat)) if parts else [pairs]
+        self.preferences = [Preferences(model, part, **options) for part in split]
         self.others = [Preferences(model, others, **options) for others in leave.values()]
+        # The first look is at the first tokens behind every prompt, and of as many completions as may be: texts differ
+        # more in how much they are moved than tokens do, and where one token is steered, most of it shows at once.
+        self.glance, self.first, self.first_others = self.reference, self.preferences[0], self.others
+        if parts and tokens > GLANCE:
+            self.glance = self.reference.shortened(max(GLANCE, tokens // 6))
+        if parts:
+            self.first = self.preferences[0].shortened(FIRST)
+            self.first_others = [others.shortened(FIRST) for others in self.others]
+        self._longer: float | None = None
+        self._slopes: dict[tuple[int, ...], float] = {}  # of log spent over log strength
+        self._corrected: set[int] = set()
+        self._spent: dict[Any, float] = {}
 
     @property
     def block_tokens(self) -> int:
         """Tokens times blocks that ran so far."""
         each: list[Reference | Preferences] = [self.reference, *self.preferences, *self.others]
-        each += [self.glance] if self.glance is not self.reference else []
-        return sum(one.block_tokens for one in each)
+        each += [self.glance, self.first, *self.first_others]
+        return sum(one.block_tokens for one in {id(one): one for one in each}.values())
 
     def divergence(self, edits: Sequence[tuple[Site, Intervention]]) -> Divergence:
         """KL(base ‖ steered) on all neutral text."""
         return Divergence.of(self.reference.per_token(edits))
+
+    def spent(self, relative: Mapping[int, float], factor: float) -> float:
+        """What some layers' strengths times a factor spend of the budget, on all neutral text; each is run once."""
+        name = (*relative.items(), factor)
+        if name not in self._spent:
+            self._spent[name] = measured(self.divergence(self.edits(relative, factor)), self.measure)
+        return self._spent[name]
 
     def edits(self, strengths: Mapping[int, float], factor: Any) -> list[tuple[Site, Intervention]]:
         made = self.vector.at(dict(strengths), factor, self.at, unit="residual")
@@ -269,18 +292,13 @@ class _Bench:
 
     def effect(self, strengths: Mapping[int, float]) -> float:
         """Mean shift of the pairs, less what the behaviours to be left alone are moved by."""
-        edits = self.edits(strengths, 1.0)
-        return self._net(edits, self.preferences)
-
-    def _net(self, edits: Sequence[tuple[Site, Intervention]], on: Sequence[Preferences]) -> float:
-        moved = float(np.concatenate([one.under(edits) - one.base for one in on]).mean())
-        return moved - sum(abs(float((one.under(edits) - one.base).mean())) for one in self.others)
+        return _net(self.edits(strengths, 1.0), self.preferences, self.others)
 
     def measured(self, relative: Mapping[int, float], first: float | None) -> Candidate:
         """Some layers at the strength that spends the budget, on all the choosing data."""
 
         def spent(strength: float) -> float:
-            return measured(self.divergence(self.edits(relative, strength)), self.measure)
+            return self.spent(relative, strength)
 
         strongest = STRONGEST / max(relative.values())
         solution: Strength = solved(spent, self.measure, self.limit, strongest=strongest, first=first, tolerance=0.05)
@@ -292,8 +310,11 @@ class _Bench:
         relative = {layer: strength for one in singles for layer, strength in one.strengths.items()}
         factor: float | None = None
         if guesses:
+            enough = 1.1 * max(guesses[layer][1] for layer in relative)
             factor, effect = self.tried(relative)
-            if effect <= 1.1 * max(guesses[layer][1] for layer in relative):
+            if effect > enough:
+                factor, effect = self.corrected(relative, factor, effect)
+            if effect <= enough:
                 return [
                     Candidate({k: factor * v for k, v in relative.items()}, effect, np.nan, np.nan, np.nan, "tried")
                 ]
@@ -306,8 +327,37 @@ class _Bench:
             return self.edits(relative, rows)
 
         seen = [measured(Divergence.of(row), self.measure) for row in self.glance.dose(make, TRIED)]
+        low, high = np.log(np.maximum(seen, 1e-12))
+        self._slopes[tuple(relative)] = float(np.clip((high - low) / np.log(TRIED[1] / TRIED[0]), 0.7, 2.0))
         factor = _crossing(TRIED, [self._whole(spent) for spent in seen], self.limit)
-        return factor, self._net(self.edits(relative, factor), self.preferences[:1])
+        return factor, _net(self.edits(relative, factor), [self.first], self.first_others)
+
+    def corrected(self, relative: Mapping[int, float], factor: float, effect: float) -> tuple[float, float]:
+        """The same two, once all neutral text has said what the factor really spends."""
+        spent = max(self.spent(relative, factor), 1e-12)
+        if abs(spent - self.limit) <= 0.05 * self.limit:
+            return factor, effect
+        step = (self.limit / spent) ** (1 / self._slopes[tuple(relative)])
+        factor = min(factor * float(np.clip(step, 0.5, 2.0)), STRONGEST / max(relative.values()))
+        return factor, _net(self.edits(relative, factor), [self.first], self.first_others)
+
+    def promising(self, guesses: dict[int, tuple[float, float]], count: int) -> list[int]:
+        """The layers that are worth measuring on everything, the best first; what is guessed of them is corrected.
+
+        A guess may take a layer for stronger than it is, where it spends more than it seems to: the best ones are
+        looked at again, and one that then looks clearly worse than the best isn't worth it.
+        """
+        kept: list[int] = []
+        while len(kept) < min(count, len(guesses)):
+            layer = max((layer for layer in guesses if layer not in kept), key=lambda layer: guesses[layer][1])
+            if kept and guesses[layer][1] < 0.95 * guesses[kept[0]][1]:
+                break
+            if layer in self._corrected:
+                kept.append(layer)
+            else:
+                self._corrected.add(layer)
+                guesses[layer] = self.corrected({layer: 1.0}, *guesses[layer])
+        return kept
 
     def _whole(self, glanced: float) -> float:
         """What the first tokens say is spent, as all tokens would say it: in the ratio that one late layer has."""
@@ -321,6 +371,12 @@ class _Bench:
                             for one in (self.reference, self.glance))  # fmt: skip
             self._longer = whole / first if first else 1.0
         return glanced * self._longer
+
+
+def _net(edits: Sequence[tuple[Site, Intervention]], on: Sequence[Preferences], others: Sequence[Preferences]) -> float:
+    """Mean shift of some pairs, less what each of the other behaviours is moved by."""
+    moved = float(np.concatenate([one.under(edits) - one.base for one in on]).mean())
+    return moved - sum(abs(float((one.under(edits) - one.base).mean())) for one in others)
 
 
 def _crossing(strengths: Sequence[float], spent: Sequence[float], limit: float) -> float:

@@ -13,17 +13,20 @@ import copy
 import functools
 import hashlib
 import json
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
+from types import FrameType
 from typing import Any, TypeAlias
 
 import mlx.core as mx
 import numpy as np
 
-from mlxsteer.interventions.base import Intervention, as_intervention, number, settled
-from mlxsteer.interventions.gates import Keep, gates
+from mlxsteer.interventions.base import Intervention, as_intervention, likeness, number, settled
+from mlxsteer.interventions.gates import Keep, When, gates
+from mlxsteer.interventions.routes import route
 from mlxsteer.positions import Position, PositionError, Prompt, Tokens, forget, rewind
 from mlxsteer.sites import Site, SiteMap
 
@@ -63,14 +66,22 @@ class Steering:
         edits: (site, intervention), in the order in which they act.
         strength: a multiplier on every intervention's strength; may change while the steering is open.
         name: what it is called in a `with model.steer(name=...)`.
+        waiting: numbers of interventions that are to touch a token and haven't yet; see `watch`.
     """
 
     edits: tuple[tuple[Site, Intervention], ...]
     strength: float = 1.0
     name: str = ""
+    waiting: set[int] = field(default_factory=set, init=False, repr=False)
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name != "strength" and (name not in self.__dataclass_fields__ or name in self.__dict__):
+            raise AttributeError(f"{name!r} can't be set: of a steering only the strength changes.")
         super().__setattr__(name, number(value, "a strength") if name == "strength" else value)
+
+    def __repr__(self) -> str:
+        keys = dict.fromkeys(site.key for site, edit in self.edits if not isinstance(edit, Keep))
+        return f"<steering {self.name or 'without a name'} ×{self.strength:g} at {', '.join(keys) or 'no place'}>"
 
     @classmethod
     def of(cls, sites: SiteMap, interventions: Mapping[str, Any], name: str = "") -> Steering:
@@ -83,6 +94,11 @@ class Steering:
         """
         if hasattr(interventions, "directions") and hasattr(interventions, "at"):
             raise TypeError("a SteeringVector says where and how strongly it acts by vector.at(layer, strength=...).")
+        if isinstance(interventions, route):
+            raise TypeError(
+                "a route chooses by a prompt's text, so it works in generate and stream, on one prompt or a list; here "
+                "interventions are a dict from keys to interventions."
+            )
         if not isinstance(interventions, Mapping):
             raise TypeError(
                 "interventions are a dict from keys to interventions, such as {'layers.5': add_vector(v)}, not "
@@ -103,11 +119,30 @@ class Steering:
         _check_order(sites, edits)
         return cls((*_read_elsewhere(sites, edits), *edits), name=name)
 
+    def copy(self) -> Steering:
+        """The same, as strong as now; what it touches counts for both."""
+        copied = Steering(self.edits, self.strength, self.name)
+        copied.__dict__["waiting"] = self.waiting
+        return copied
+
+    def watch(self) -> None:
+        """From here on, watch out for interventions that touch nothing."""
+        self.waiting.update(id(edit) for _, edit in self.edits if not isinstance(edit, Keep))
+
+    def untouched(self) -> Iterator[str]:
+        """What has touched nothing since `watch`, and at a strength at which it should have, in words."""
+        for site, edit in self.edits if self.strength else ():
+            found = [part for part, times, _ in leaves(edit) if times and part.strength != 0.0]
+            if id(edit) in self.waiting and found:
+                places = " and ".join(dict.fromkeys(f"at={part.at.written()!r}" for part in found))
+                names = " and ".join(dict.fromkeys(part.name for part in found))
+                yield f"{names} at {site.key} touched no token: {places} lay nowhere in what ran"
+
     @functools.cached_property
     def said(self) -> tuple[Said, ...]:
         """What it does at each of its places, as data, whatever its strength."""
         return tuple(
-            Said(site.key, _kind(edit), tuple(part.name for part, _ in _leaves(edit))) for site, edit in self.edits
+            Said(site.key, _kind(edit), tuple(part.name for part, *_ in leaves(edit))) for site, edit in self.edits
         )
 
     @property
@@ -118,7 +153,7 @@ class Steering:
     @functools.cached_property
     def own_strengths(self) -> tuple[PartStrength, ...]:
         """The strength of each part of its interventions, before the multiplier."""
-        return tuple(_own(part, times) for _, edit in self.edits for part, times in _leaves(edit))
+        return tuple(_own(part, times) for _, edit in self.edits for part, times, _ in leaves(edit))
 
     @classmethod
     def remembered(cls, name: str, said: Sequence[Said]) -> Steering:
@@ -166,17 +201,25 @@ def _check_order(sites: SiteMap, edits: Sequence[tuple[Site, Intervention]]) -> 
                 )
 
 
-def _leaves(intervention: Intervention, times: float = 1.0) -> Iterator[tuple[Intervention, float]]:
-    """The elementary interventions in one, each with what those around it multiply its strength by."""
+def leaves(
+    intervention: Intervention, times: float = 1.0, gated: bool = False
+) -> Iterator[tuple[Intervention, float, bool]]:
+    """The elementary interventions in one.
+
+    Returns:
+        Each with what those around it multiply its strength by, and whether one of them is a gate that opens with the
+        prompt's last token.
+    """
+    gated |= isinstance(intervention, When) and intervention.per == "prompt"
     inner = []
     for name in (f.name for f in fields(intervention) if f.init):
         value = getattr(intervention, name)
         inner += [v for v in (value if isinstance(value, (list, tuple)) else (value,)) if isinstance(v, Intervention)]
     if not inner:
-        yield from ((part, times) for part in intervention.parts())
+        yield from ((part, times, gated) for part in intervention.parts())
     own = intervention.strength if isinstance(intervention.strength, float) else 1.0
     for one in inner:
-        yield from _leaves(one, times * own)
+        yield from leaves(one, times * own, gated)
 
 
 def _own(part: Intervention, times: float) -> PartStrength:
@@ -199,13 +242,23 @@ def _kind(intervention: Intervention) -> str:
     try:
         spec, tensors = intervention.to_spec()
     except ValueError:
-        return intervention.fingerprint
+        return f"unsaved-{type(intervention).__qualname__}({', '.join(_likeness(intervention))})"
     used: list[str] = []
     digest = hashlib.sha256(json.dumps(_without_strength(spec, used), sort_keys=True).encode())
     for name in sorted(used):
         digest.update(f"{name} {tensors[name].shape}".encode())
         digest.update(np.array(tensors[name].astype(mx.float32)).tobytes())
     return digest.hexdigest()[:16]
+
+
+def _likeness(intervention: Intervention) -> Iterator[str]:
+    """What is in an intervention that can't be data, without its strength; a function is like itself only."""
+    for name, value in ((f.name, getattr(intervention, f.name)) for f in fields(intervention) if f.init):
+        for part in value if isinstance(value, tuple) else (value,):
+            if isinstance(part, Intervention):
+                yield _kind(part)
+            elif name != "strength":
+                yield likeness(part)
 
 
 def _without_strength(spec: Any, used: list[str]) -> Any:
@@ -229,13 +282,10 @@ class Row:
         steerings: its steerings, outermost first; None until the first forward gives it the context's.
         seen: number of its tokens that the model has seen.
         prompt: what is known of its prompt.
-        told: somebody told us the prompt's length (else it is inferred from how the cache is read).
-        read: the cache's state was read since the last forward, as generators do after each chunk of a prompt
+        told: somebody told us the prompt's length (else it is inferred from how mlx-lm reads the cache).
+        read: the cache's state was read since the last forward, as mlx-lm's generators do after each chunk of a prompt
             and never after a decoding step.
         begun: a forward has seen it.
-        single: how many forwards of one token in a row were followed by such a read. A generator's prompt ends with
-            at most one; a loop that evaluates its cache at every step makes more.
-        width: number of tokens of the last forward.
         memory: what gates and spans remember of the sequence; see `Tokens.remember`.
         passed: the plan that has seen that it may steer the row as it is.
         clean: number of its first tokens that the model has seen without any steering.
@@ -251,8 +301,6 @@ class Row:
     told: bool = False
     read: bool = False
     begun: bool = False
-    single: int = 0
-    width: int = 0
     memory: dict[Any, Any] = field(default_factory=dict)
     passed: Any = None
     clean: int = 0
@@ -294,7 +342,7 @@ class Row:
             try:
                 self._meet(steerings, stacklevel + 1)
             except PositionError:
-                self._free()  # nothing has run: another one may come
+                self.free()  # nothing has run: another one may come
                 raise
         self.met, self.multipliers = steerings, multipliers
         strengths = tuple(tuple(_times(own, s.strength) for own in s.own_strengths) for s in steerings)
@@ -314,21 +362,27 @@ class Row:
                 self.prompt.needed("when(...)", "")
         missed: dict[str, list[str]] = {}
         for site, edit in (edit for steering in steerings if steering.strength for edit in steering.edits):
-            for part in edit.parts():
-                if not isinstance(part.strength, float) or part.strength:
-                    missed.setdefault(self._missed(part), []).append(f"{part.name} at {site.key}")
+            for part, times, _ in leaves(edit):
+                if times and (not isinstance(part.strength, float) or part.strength):
+                    said = self._missed(part, 2 if site.heads else 1)
+                    missed.setdefault(said, []).append(f"{part.name} at {site.key}")
         missed.pop("", None)
         for said, names in missed.items():
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             warnings.warn(f"{names[0]}{more}: {said}", PartlySteered, stacklevel + 1)
 
-    def _missed(self, part: Intervention) -> str:
+    def _missed(self, part: Intervention, axes: int) -> str:
         """What of an intervention's positions lies in the clean part of a cache, as a sentence; empty for nothing.
 
         Nothing is said of ``"all"``: from here on.
         """
         spans = [span for span in self.prompt.ranges(part.at) if span]
-        if not 0 < self.seen <= self.clean or not any(span[0] < self.clean for span in spans):
+        if not 0 < self.seen <= self.clean:
+            return ""
+        reach = part.reach(self.prompt.needed(part.name, ""), axes) if self.prompt.length is not None else None
+        if reach is not None:
+            spans = [common for span in spans if (common := _common(span, reach))]
+        if not any(span[0] < self.clean for span in spans):
             return ""
         if part.schedule is not None:
             tokens = Tokens([0], [self.clean], self.clean, [self.prompt])
@@ -340,14 +394,14 @@ class Row:
             raise PositionError(
                 f"{part.name}: {at} lies wholly within {held}: start a new cache, or name later positions."
             )
-        everything = part.at == Position.of("all")
+        everything = part.at == Position.of("all") and reach is None
         return "" if everything else f"{at} also means some of {held}; it acts from token {self.clean} on."
 
-    def _free(self) -> None:
+    def free(self) -> None:
         """Let any steering come, or none, where nothing is left that one has done."""
         if not self.steered:
             self.steerings, self.passed, self.met, self.memory = None, None, None, {}
-            self.prompt, self.told, self.read, self.single = Prompt(), False, False, 0
+            self.prompt, self.told, self.read = Prompt(), False, False
             self.begun = self.seen > 0
 
     def trim(self, count: int) -> None:
@@ -360,9 +414,15 @@ class Row:
             forget(self.memory)
         self.clean, self.tokens = min(self.clean, max(self.seen, 0)), self.tokens[: max(self.seen, 0)]
         self.history, self.multipliers = tuple(entry for entry in self.history if entry[0] < self.seen), None
-        self._free()
+        self.free()
         if self.steered and not self.told and not self.read and self.prompt.length is None:
             self.prompt = Prompt(mixed=True)  # drafts were verified together with the prompt's last token
+
+
+def _common(span: range, reach: range) -> range:
+    """What of a range lies in another one, which has no gaps."""
+    start = span.start + max(0, -(-(reach.start - span.start) // span.step)) * span.step
+    return range(start, min(span.stop, reach.stop), span.step)
 
 
 def _arrays(memory: Mapping[Any, Any]) -> Iterator[mx.array]:
@@ -378,6 +438,14 @@ _CALLER = 5
 """The stack level of whoever called the model, seen from `SteeringState.begin`."""
 
 
+def _mlx_lm_calls() -> bool:
+    """Whether it was one of mlx-lm's generators that called the model which is running."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and str(frame.f_globals.get("__name__")).split(".")[0] == "mlxsteer":
+        frame = frame.f_back
+    return frame is not None and frame.f_globals.get("__name__") == "mlx_lm.generate"
+
+
 class SteeringState:
     """The rows of one cache; every method mirrors the cache's method of that name.
 
@@ -388,15 +456,44 @@ class SteeringState:
     def __init__(self, rows: Sequence[Row]) -> None:
         self.rows = list(rows)
         self._lengths: list[int] | None = None  # real tokens still to come, during a right-padded prefill
+        self._padding: list[int] | None = None  # where only the padding behind them is known
+
+    def prepared(self, cache: Sequence[Any]) -> None:
+        """Take over how a cache was prepared for rows of several lengths, before the state came to it."""
+        for entry in (inner for one in cache for inner in getattr(one, "caches", (one,))):
+            lengths, padding = getattr(entry, "lengths", None), getattr(entry, "_right_padding", None)
+            if lengths is None and (ends := getattr(entry, "_lengths", None)) is not None:
+                lengths = ends - entry.offset
+            if lengths is not None:
+                self._lengths, self._padding = [int(n) for n in lengths.tolist()], None
+                return
+            if padding is not None:
+                self._padding = [int(n) for n in padding.tolist()]
+
+    def padding(self, index: int) -> int:
+        """How many tokens of padding follow a row's, where nobody says after how many."""
+        return self._padding[index] if self._padding is not None else 0
+
+    def told(self, index: int) -> None:
+        """A row's prompt has been told: of one that is padded, mlx-lm feeds all but the last token."""
+        row = self.rows[index]
+        if self._padding is None or row.prompt.length is None:
+            return
+        if self._lengths is None:
+            self._lengths = [sys.maxsize] * len(self.rows)
+        if self._padding[index]:
+            self._lengths[index] = row.prompt.length - 1 - row.seen
+            self._padding[index] = 0
 
     @property
     def padded(self) -> bool:
         """Whether rows of several lengths are being filled, padded at the end."""
-        return self._lengths is not None
+        return self._lengths is not None or self._padding is not None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SteeringState:
         copied = SteeringState([row.copy() for row in self.rows])  # steerings are shared, never copied
         copied._lengths = list(self._lengths) if self._lengths is not None else None
+        copied._padding = list(self._padding) if self._padding is not None else None
         return copied
 
     def __copy__(self) -> SteeringState:
@@ -407,11 +504,12 @@ class SteeringState:
         for row in self.rows:
             if row.told or not row.begun or row.prompt.mixed:
                 continue
-            if row.single > 1 and width == 1:
-                row.prompt = Prompt(mixed=True)
+            if not _mlx_lm_calls():
+                row.prompt = Prompt(mixed=True)  # other loops may cut a prompt, and read their cache, as they like
             elif not row.read:
-                # A forward that follows one whose state nobody read: one token is a decoding step, and what came
-                # before is the prompt; several are the next turn's prompt.
+                # mlx-lm reads the state after each chunk of a prompt, and never in decoding. A forward that follows one
+                # whose state nobody read: one token is a decoding step, and what came before is the prompt; several
+                # are the next turn's prompt.
                 length = row.prompt.length if row.prompt.length is not None else row.seen
                 row.prompt = Prompt(length if width == 1 else None, row.prompt.tokens, row.prompt.decode)
         for row in self.rows:
@@ -425,7 +523,6 @@ class SteeringState:
         for row, real in zip(self.rows, self._real(width), strict=True):
             row.seen += real
             row.read, row.begun = False, True
-            row.width = width
         if self._lengths is not None:
             self._lengths = [max(0, n - width) for n in self._lengths]
 
@@ -434,13 +531,18 @@ class SteeringState:
         for row in self.rows:
             row.broken = True
 
+    def fed(self, index: int, inputs: mx.array) -> list[int] | None:
+        """The token ids that a forward feeds to one row, without padding; None where they can't be read."""
+        if inputs.ndim != 2 or not settled(inputs):
+            return None
+        ids: Any = inputs[index, max(0, -self.rows[index].seen) : self._real(inputs.shape[1])[index]].tolist()
+        return [int(i) for i in ids]
+
     def _real(self, width: int) -> list[int]:
         return [width] * len(self.rows) if self._lengths is None else [min(width, n) for n in self._lengths]
 
     def was_read(self) -> None:
         for row in self.rows:
-            if row.begun and not row.read:
-                row.single = row.single + 1 if row.width == 1 else 0
             row.read = True
         # Whoever reads a cache evaluates it: what is remembered too, else it would hold on to a whole forward's graph.
         with suppress(ValueError, RuntimeError):  # inside a transformation nothing can be evaluated
@@ -453,6 +555,8 @@ class SteeringState:
         self.rows = [self.rows[int(i)] for i in keep]
         if self._lengths is not None:
             self._lengths = [self._lengths[int(i)] for i in keep]
+        if self._padding is not None:
+            self._padding = [self._padding[int(i)] for i in keep]
 
     def extract(self, index: int) -> SteeringState:
         return SteeringState([self.rows[index].copy()])
@@ -461,7 +565,9 @@ class SteeringState:
         self._lengths = [int(n) for n in lengths] if lengths is not None else None
 
     def finalize(self) -> None:
-        self._lengths = None
+        for row, padding in zip(self.rows, self._padding or (), strict=False):
+            row.seen -= padding
+        self._lengths = self._padding = None
 
     def trim(self, count: int) -> None:
         for row in self.rows:
@@ -674,7 +780,8 @@ def _carrier_class(base: type) -> type:
         return ride(taken, self.steering_state.extract(index))
 
     def to_quantized(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return ride(base.to_quantized(self, *args, **kwargs), self.steering_state)  # type: ignore[attr-defined]
+        quantized = base.to_quantized(self, *args, **kwargs)  # type: ignore[attr-defined]
+        return ride(quantized, copy.copy(self.steering_state))  # this one may go on by itself
 
     def get_state(self: Any) -> Any:
         self.steering_state.was_read()

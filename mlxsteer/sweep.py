@@ -200,6 +200,18 @@ def _directions(
     return vector, wanted
 
 
+def strengths_of(given: Any) -> list[float]:
+    """A strength, or several, as numbers.
+
+    Raises:
+        TypeError, ValueError: one is no finite number.
+    """
+    if isinstance(given, (np.ndarray, mx.array)):
+        given = given.reshape(-1).tolist()
+    several = isinstance(given, Iterable) and not isinstance(given, (str, bytes, Mapping))
+    return [number(strength, "a strength") for strength in (given if several else [given])]
+
+
 def chosen_layers(model: InterpretableModel, vector: SteeringVector, layers: Any) -> list[int]:
     """``"all"``, a layer, or several, as numbers of layers that the vector has, in the order given.
 
@@ -332,7 +344,7 @@ def sweep(
         ValueError: there are no pairs or no strengths; the vector doesn't fit; the checkpoint is of another sweep.
         KeyError: the vector lacks a layer.
     """
-    strong = [number(s, "a strength") for s in np.atleast_1d(np.asarray(strengths))]
+    strong = strengths_of(strengths)
     if not strong or len(set(strong)) < len(strong):
         raise ValueError(f"a sweep needs at least one strength, and each of them once, not {strengths!r}.")
     if intervention != "add_vector":

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 
 import mlx.core as mx
 import numpy as np
+from mlx_lm.models.cache import make_prompt_cache
 from rich.text import Text
 
 from mlxsteer.hooks import attached, detached
@@ -45,9 +46,10 @@ class Touched(Sequence[bool]):
     """For each prompt and generated token, whether any intervention acted on it.
 
     It is a sequence of bool. ``print(rich_console, generation.touched)`` and a notebook show the text with its tokens
-    coloured by how much they were moved. Amounts and projections are computed when somebody looks at them, by one
-    forward over the whole text under the same steering; of the last token, which the model hasn't read, they say what
-    would be. Where the text was generated with a quantized or a rotating cache they are those of a plain one.
+    coloured by how much they were moved, or by whether, where nobody knows how much. Amounts and projections are
+    computed when somebody looks at them, by one forward over the whole text under the same steering; of the last token,
+    which the model hasn't read, they say what would be. Where the text was generated with a quantized or a rotating
+    cache they are those of a plain one.
 
     Args:
         marks: whether each token was touched; None where only a forward can say, because there are gates or spans.
@@ -108,6 +110,15 @@ class Touched(Sequence[bool]):
             self._touches = self._measure()
         return self._touches
 
+    def _known(self) -> list[Touch]:
+        """The touches, or none where they can't be known, but which tokens were touched is."""
+        try:
+            return self.touches
+        except ValueError:
+            if self._marks is None:
+                raise
+            return []
+
     @property
     def amount(self) -> Array:
         """‖x' − x‖ / ‖x‖ of each token, at the place where it is largest, (tokens,)."""
@@ -133,11 +144,11 @@ class Touched(Sequence[bool]):
         return self.text()
 
     def _repr_html_(self) -> str:
-        spans = []
+        spans, touches = [], self._known()
         for i, (piece, value, generated) in enumerate(self._coloured("amount")):
             title = html.escape("; ".join(
                 f"{t.key} {t.name}: moved {t.share[i]:.1%}"
-                + (f", projection {t.projection[i]:+.2f}" if t.projection is not None else "") for t in self.touches
+                + (f", projection {t.projection[i]:+.2f}" if t.projection is not None else "") for t in touches
             ))  # fmt: skip
             colour = f"background:rgba({_HIGH[0]},{_HIGH[1]},{_HIGH[2]},{abs(value):.2f})"
             weight = "" if generated else ";opacity:0.6"
@@ -148,7 +159,10 @@ class Touched(Sequence[bool]):
         """(text, value from −1 to 1, whether generated) of each token."""
         if by not in ("amount", "projection"):
             raise ValueError(f"by is 'amount' or 'projection', not {by!r}.")
-        values = self.amount if by == "amount" else self._projection()
+        if by == "projection":
+            values = self._projection()
+        else:  # where nobody knows how much, whether
+            values = self.amount if self._known() else np.array(self._resolved(), np.float32)
         largest = float(np.abs(values).max(initial=0.0)) or 1.0
         pieces = self._pieces() if self._pieces is not None else ["·"] * len(values)
         return [
@@ -215,6 +229,8 @@ def measured(
     tokens: Sequence[int],
     prompt: int,
     decode: Callable[[list[int]], str] | None,
+    clean: int,
+    last: int,
 ) -> list[Touch]:
     """What steerings do to each token of a text, by one forward over it.
 
@@ -224,25 +240,25 @@ def measured(
         tokens: the text.
         prompt: how many of its tokens are prompt.
         decode: token ids to text.
+        clean: how many of its first tokens the model reads unsteered, into a prompt cache.
+        last: how many of its last tokens are told of.
     """
     watched = [
         Steering(tuple((site, i if isinstance(i, Keep) else _Watch(i)) for site, i in s.edits), s.strength)
         for s in steerings
     ]
-    row = Tokens([0], [len(tokens)], len(tokens), [Prompt(prompt, list(tokens[:prompt]), decode)])
-    plan = Plan(sites, steerings=watched, tokens=row)
-    with detached(residents=True), attached(plan):
-        output = sites.model(mx.array([list(tokens)]))
+    width = len(tokens) - clean
+    row = Tokens([clean], [width], width, [Prompt(prompt, list(tokens[:prompt]), decode)])
+    cache = make_prompt_cache(sites.model) if clean else None
+    with detached(residents=True):
+        if clean:
+            sites.model(mx.array([list(tokens[:clean])]), cache=cache)
+        with attached(Plan(sites, steerings=watched, tokens=row)):
+            sites.model(mx.array([list(tokens[clean:])]), cache=cache)
     watches = [(site, edit) for s in watched for site, edit in s.edits if isinstance(edit, _Watch)]
     mx.eval([x for _, watch in watches for values in watch.seen for x in values if x is not None])
-    del output
     return [
-        Touch(site.key, watch.inner.name, *(None if x is None else np.array(x) for x in watch.seen[-1]))  # type: ignore[arg-type]
+        Touch(site.key, watch.inner.name, *(None if x is None else np.array(x)[-last:] for x in watch.seen[-1]))  # type: ignore[arg-type]
         for site, watch in watches
         if watch.seen
     ]
-
-
-def told(steerings: Sequence[Steering]) -> list[Steering]:
-    """Steerings as they are now: a strength may change later."""
-    return [Steering(steering.edits, steering.strength, steering.name) for steering in steerings]

@@ -477,7 +477,7 @@ def _constant(value: mx.array) -> Callable[[mx.array], mx.array]:
 
 def frozen(plan: Plan) -> Plan:
     """A plan around a trace as it was when the trace began: strengths that change later don't reach into it."""
-    steerings = [Steering(s.edits, s.strength, s.name) for s in plan.steerings]
+    steerings = [s.copy() for s in plan.steerings]
     return Plan(plan.sites, edits=plan.edits, replay=plan.replay, steerings=steerings, adopt=plan.adopt)
 
 

@@ -176,16 +176,16 @@ def test_strengths_and_layers_of_one_steering_and_of_several(chat: Chat, vector:
 
 
 @pytest.mark.parametrize(
-    ("typed", "at"),
-    [("generated", "generated"), ("last", "last"), ("-1", -1), ("0,-1", [0, -1]), ("2:5", slice(2, 5)),
-     (":-1", slice(None, -1))],
+    ("typed", "at", "shown"),
+    [("generated", "generated", "'generated'"), ("last", "last", "'last'"), ("-1", -1, "-1"),
+     ("0,-1", [0, -1], "[0, -1]"), ("2:5", slice(2, 5), "2:5"), (":-1", slice(None, -1), ":-1")],
 )  # fmt: skip
 def test_a_vector_acts_on_the_tokens_that_are_asked_for(
-    pocket: InterpretableModel, chat: Chat, vector: SteeringVector, typed: str, at: Any
+    pocket: InterpretableModel, chat: Chat, vector: SteeringVector, typed: str, at: Any, shown: str
 ) -> None:
     chat.add("v", vector, layer=5)
     told = str(chat.command(f"/at {typed}"))
-    assert told == str(chat.command("/at")) == f"v: add_vector at layers.5, strength 1, tokens {at!r}"
+    assert told == str(chat.command("/at")) == f"v: add_vector at layers.5, strength 1, tokens {shown}"
     assert spoken(chat, ASK) == pocket.generate([user(ASK)], vector.at(5, at=at), max_tokens=FEW)
 
 
@@ -218,6 +218,7 @@ def test_what_is_shown_names_gates_schedules_and_spans(chat: Chat, vector: Steer
         ("/on v w", "it is written /on [NAME]"),
         ("/load", "it is written /load FILE [NAME]"),
         ("/load nowhere.safetensors", "there is no file nowhere.safetensors"),
+        ("/load sentimant", "Nearest contrast sets: sentiment"),
         ("/load 'half", "No closing quotation"),
         ("/compare", "nothing was said yet"),
         ("/save steering.txt", ".safetensors, the conversation as .json"),
@@ -248,6 +249,12 @@ def test_nothing_is_asked_of_nothing(chat: Chat, say: Say, tmp_path: Path) -> No
         "error: nothing is loaded: /load FILE.",
         "error: nothing steers now: see /load, /on and /strength.",
     ]
+
+
+def test_a_saved_conversation_is_no_steering(chat: Chat, say: Say, tmp_path: Path) -> None:
+    _, aside = say(f"/save {tmp_path / 'c.json'}", f"/load {tmp_path / 'c.json'}")
+    assert "c.json is a saved conversation, not a steering" in aside
+    assert not chat.steerings
 
 
 def test_files_are_loaded_by_what_is_in_them(chat: Chat, vector: SteeringVector, tmp_path: Path) -> None:
@@ -522,6 +529,8 @@ def run(*arguments: str, monkeypatch: pytest.MonkeyPatch) -> int:
     ("arguments", "message"),
     [
         (("--vector", "v.safetensor"), "Nearest: v.safetensors"),
+        (("--vector", "sentimant"), "there is no file sentimant; 'user/repo' would ask"),
+        (("--vector", "sentimant"), "Nearest contrast sets: sentiment"),
         (("--vector", "v.safetensors", "--layer", "8"), "--layer 8: v.safetensors has no direction there"),
         (("--vector", "v.safetensors", "--vector", "w/v.safetensors"), "two files are called v"),
         (("--layer", "3"), "name one by --vector"),

@@ -43,7 +43,7 @@ def test_per_row_strengths_as_an_array_are_counted(model: InterpretableModel) ->
     uneven = {"layers.1": iv.add_vector(vector(), mx.array([1.0, 0.0]))}
     with pytest.raises(ValueError, match="2 strengths for 4 rows"):
         model._row_steerings(uneven, [PROMPT] * 4)
-    with pytest.raises(ValueError, match="one strength per row"):
+    with pytest.raises(ValueError, match="2 strengths, one per row"):
         model.steer(uneven)
     with pytest.raises(ValueError, match="2 strengths for 3 rows"), model.trace([PROMPT] * 3, interventions=uneven):
         pass
@@ -280,7 +280,7 @@ def test_touched_counts_from_what_the_cache_holds(pocket: InterpretableModel) ->
         assert not any(pocket.generate(" and", steer, max_tokens=2, prompt_cache=cache).touched)
 
 
-@pytest.mark.parametrize("told", [0, -1, True])
+@pytest.mark.parametrize("told", [0, -1])
 def test_a_prompt_of_no_tokens_is_refused(model: InterpretableModel, told: Any) -> None:
     with pytest.raises(ValueError, match="at least one token"):
         model.steer(A, prompt_tokens=told)

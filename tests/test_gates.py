@@ -25,7 +25,7 @@ from tiny import by_hand, logprobs
 import mlxsteer as ms
 from mlxsteer import InterpretableModel, PositionError, SteeredCacheError, UnknownKey
 from mlxsteer import interventions as iv
-from mlxsteer.gating import _best, _scores
+from mlxsteer.gating import GateFit, _best, _scores
 from mlxsteer.interventions.base import Where
 from mlxsteer.interventions.gates import Keep
 from mlxsteer.positions import Prompt, Tokens
@@ -754,6 +754,7 @@ def test_a_fit_tells_unseen_prompts_apart_where_they_differ_and_says_so_where_no
     nouns = ["food", "room", "villa", "film", "garden", "service", "park", "book", "town", "hotel", "music", "view"]
     good, bad = [f"The {noun} was" for noun in nouns], [f"I like the {noun}" for noun in nouns]
     fit = ms.fit_gate(pocket, good, bad, layers=[2, 3])
+    assert {ms.fit_gate(pocket, good, bad, layers=layer).layer for layer in (2, np.int64(3))} == {2, 3}
     assert fit.f1 > 0.9
     assert fit.counts == ((6, 6), (6, 6))
     assert "fitted on 6 + 6 prompts, tested on 6 + 6 others" in fit.table()
@@ -829,7 +830,10 @@ def test_the_best_threshold_is_that_of_brute_force(opening: list[float], shut: l
     [({"opening": "one text"}, "prompts are a list of texts"), ({"opening": [[1], [2], [3]]}, "at least 4 prompts"),
      ({"reading": "dot"}, "'cosine' or 'projection', not 'dot'"), ({"read": "first"}, "'last' or 'mean', not 'first'"),
      ({"share": 1.0}, "between 0 and 1"), ({"share": True}, "between 0 and 1"), ({"layers": [7]}, "numbers of"),
-     ({"layers": []}, "no layer to read"), ({"seed": -1}, "seed")],
+     ({"layers": []}, "no layer to read"), ({"layers": 7}, r"layers are numbers of \[0, 1, 2\], not 7"),
+     ({"layers": "all"}, "not 'all'"), ({"seed": -1}, "seed"),
+     ({"opening": [ms.ContrastPair("a", "b", "c")] * 4}, r"opening: .* give \[pair.prompt for pair in pairs\]"),
+     ({"shut": [[1], [2], [3], 4.5]}, "shut, text 3: a prompt is")],
     ids=lambda value: getattr(value, "__name__", None) or str(value),
 )  # fmt: skip
 def test_what_can_not_be_fitted_is_refused(llama: InterpretableModel, options: dict[str, Any], sentence: str) -> None:
@@ -839,6 +843,37 @@ def test_what_can_not_be_fitted_is_refused(llama: InterpretableModel, options: d
 
 
 # -- routes ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_route_reads_the_text_without_special_tokens_in_front(pocket: InterpretableModel) -> None:
+    seen: list[str] = []
+
+    def by(text: str) -> None:
+        seen.append(text)
+
+    chat, text = [{"role": "user", "content": "How was it?"}], "The food was"
+    prompts = [text, pocket.encode(text), chat]
+    pocket.generate(prompts, iv.route({"any": {"layers.2": iv.zero_out()}}, by=by), max_tokens=1)
+    assert seen == [text, text, pocket.decode(pocket.encode(chat)).removeprefix("<s><|user|>")]
+    loud = {"layers.2": iv.add_vector(vector(1, 256))}
+    for prompt in prompts[:2]:
+        assert any(pocket.generate(prompt, iv.route({"^The": loud}), max_tokens=1).touched)
+
+
+def test_every_branch_of_a_route_is_checked_whichever_is_taken(llama: InterpretableModel) -> None:
+    good, bad = {KEY: iv.add_vector(V)}, {KEY: iv.add_vector(V[:8])}
+    each = {KEY: iv.add_vector(V, [1.0, 2.0])}
+    for choices, otherwise, sentence in (
+        ({"good": good, "bad": bad}, None, "width 8"), ({"good": good}, bad, "width 8"),
+        ({"good": good, "bad": {"layers.9": iv.zero_out()}}, None, "layers.9"),
+        ({"good": good, "bad": each}, None, "2 strengths for 1 rows"),
+    ):  # fmt: skip
+        routed = iv.route(choices, by=lambda _: "good", otherwise=otherwise)
+        for run in (llama.generate, llama.stream):
+            with pytest.raises((ValueError, UnknownKey), match=sentence):
+                run(PROMPT, routed)
+        with pytest.raises((ValueError, UnknownKey), match=sentence):
+            llama.generate([PROMPT, PROMPT], [routed, None])
 
 
 def test_a_route_takes_what_the_prompts_text_asks_for(llama: InterpretableModel) -> None:
@@ -881,8 +916,10 @@ def test_what_is_no_route_is_refused(llama: InterpretableModel) -> None:
         (lambda: iv.route({"a": steer}, by="a"), "by is a function"),  # type: ignore[arg-type]
         (lambda: iv.route({"a": steer}, otherwise=iv.zero_out()), "'otherwise' is a key dict"),  # type: ignore[arg-type]
         (lambda: llama.generate(PROMPT, iv.route({"mood": steer}, by=lambda _: "moo")), "'moo', and there is 'mood'"),
-        (lambda: llama.trace(PROMPT, interventions=iv.route({"a": steer})), "interventions are a dict"),  # type: ignore[arg-type]
-        (lambda: llama.steer(iv.route({"a": steer})), "interventions are a dict"),  # type: ignore[arg-type]
+        (lambda: llama.generate(PROMPT, iv.route({"mood": steer}, by=lambda _: ["mood"])), r"it gave \['mood'\], and"),  # type: ignore[arg-type, return-value]
+        (lambda: llama.trace(PROMPT, interventions=iv.route({"a": steer})), "a route .* works in generate and stream"),  # type: ignore[arg-type]
+        (lambda: llama.steer(iv.route({"a": steer})), "works in generate and stream"),  # type: ignore[arg-type]
+        (lambda: llama.edit(iv.route({"a": steer})), "works in generate and stream"),  # type: ignore[arg-type]
         (lambda: llama.generate([PROMPT], [iv.route({"": {"layers.9": iv.zero_out()}})]), "layers.9"),
     ):  # fmt: skip
         with pytest.raises((TypeError, ValueError, UnknownKey), match=sentence):
@@ -892,8 +929,10 @@ def test_what_is_no_route_is_refused(llama: InterpretableModel) -> None:
 # -- refusals ----------------------------------------------------------------------------------------------------------
 
 COSINE = iv.cosine(V)
+FIT = GateFit(COSINE > 0, 0, 0.0, 1.0, 1.0, 1.0, (), ((2, 2), (2, 2)))
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "no comparison": (lambda: iv.when(COSINE, iv.zero_out()), r"such as cosine\(v\) > 0.3: compare it, such as cosine"),
+    "a fit": (lambda: iv.when(FIT, iv.zero_out()), r"such as cosine\(v\) > 0.3; a fit's is fit.condition"),  # type: ignore[arg-type]
     "a number": (lambda: iv.when(0.3, iv.zero_out()), "a condition is made of comparisons"),  # type: ignore[arg-type]
     "equal": (lambda: iv.when(COSINE == 0.3, iv.zero_out()), "a condition is made of comparisons"),  # type: ignore[arg-type]
     "chained": (lambda: iv.when(0.1 < COSINE < 0.3, iv.zero_out()), r"in place of 0.1 < cosine\(v\) < 0.3"),

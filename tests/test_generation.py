@@ -187,6 +187,91 @@ def test_unknown_options_are_refused_with_the_nearest(llama: InterpretableModel)
         llama.generate([PROMPT], kv_bits=4)
 
 
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"max_tokens": "5"}, "max_tokens is a whole number from 1 on, or -1 for no limit, not '5'"),
+        ({"max_tokens": 5.5}, "no limit, not 5.5"),
+        ({"max_tokens": None}, "no limit, not None"),
+        ({"max_tokens": True}, "no limit, not True"),
+        ({"max_tokens": 0}, "no limit, not 0"),
+        ({"max_tokens": -2}, "no limit, not -2"),
+        ({"max_tokens": [2]}, r"no limit, not \[2\]"),
+        ({"top_p": 0.9}, "top_p shapes what is drawn, and temp=0 draws nothing: give temp= above 0"),
+        ({"top_k": 3, "min_p": 0.1, "temp": 0}, "top_k, min_p shapes what is drawn"),
+        ({"temp": 1, "top_p": 0}, "top_p is a probability above 0, up to 1, not 0"),
+        ({"temp": 1, "top_p": 1.5}, "top_p is a probability"),
+        ({"temp": 1, "min_p": -0.1}, "min_p is a probability, from 0 to 1"),
+        ({"temp": 1, "top_k": 0}, "top_k is a whole number from 1 on, not 0"),
+        ({"temp": 1, "top_k": 2.5}, "top_k is a whole number"),
+        ({"temp": 1, "top_p": "0.9"}, "top_p is a number, not '0.9'"),
+        ({"temp": "hot"}, "temp is a number, not 'hot'"),
+        ({"temp": float("inf")}, "temp is a finite number"),
+        ({"temp": -1.0}, "a temperature is 0"),
+        ({"temp": 1, "seed": -1}, "seed is a whole number from 0 on, not -1"),
+        ({"temp": 1, "seed": 1.5}, "seed is a whole number from 0 on, not 1.5"),
+        ({"temp": 1, "seed": 2**64}, "seed is a whole number below"),
+        ({"sampler": "greedy"}, "a sampler is a function"),
+        ({"stop": ["."]}, "no generation option 'stop': a text ends with the model's end token"),
+        ({"stop_strings": ["."]}, "leave a loop over model.stream"),
+        ({"logits_processors": lambda _, x: x}, r"one is \[f\]"),
+        ({"logits_processors": [3]}, "are functions of tokens and logits, not 3"),
+        ({"prefill_step_size": 0}, "prefill_step_size is a whole number from 1 on, not 0"),
+        ({"prompt_cache": "c.safetensors"}, "load_prompt_cache reads one from a file"),
+        ({"prompt_cache": []}, "prompt_cache= is empty"),
+        ({"prompt_cache": [1, 2]}, "prompt_cache= is a list of mlx-lm's caches"),
+        ({"draft_model": "small"}, r"draft_model is a model, not 'small': load one by name, mlx_lm.load\(name\)\[0\]"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused_before_anything_runs(
+    llama: InterpretableModel, options: dict[str, Any], sentence: str
+) -> None:
+    for verb in (llama.generate, llama.stream):  # a stream that was never begun has run nothing
+        with pytest.raises((TypeError, ValueError), match=sentence):
+            verb(PROMPT, **options)
+
+
+@pytest.mark.parametrize(
+    ("max_tokens", "sentence"),
+    [
+        ([2], "max_tokens has 1 numbers for 2 prompts: give one for all, or one each"),
+        (np.array([2, 3, 4]), "max_tokens has 3 numbers for 2 prompts"),
+        ([2, 0], "max_tokens of prompt 1 is a whole number from 1 on, or -1 for no limit, not 0"),
+        ([2, "3"], "max_tokens of prompt 1"),
+        ("22", "no limit, not '22'"),
+    ],
+)
+def test_limits_of_a_batch_are_one_for_all_or_one_each(
+    llama: InterpretableModel, max_tokens: Any, sentence: str
+) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        llama.generate([PROMPT, PROMPT[:3]], max_tokens=max_tokens)
+
+
+def test_limits_may_be_none_at_all_and_of_any_kind_of_whole_number(tokenizer: TokenizerWrapper) -> None:
+    model = InterpretableModel(tiny.build("gpt2", n_positions=16), tokenizer)
+    prompts = [PROMPT, PROMPT[:3]]
+    assert len(model.generate(PROMPT, max_tokens=np.int64(3)).tokens) == 3
+    assert [len(row.tokens) for row in model.generate(prompts, max_tokens=np.array([2, 4]))] == [2, 4]
+    # without a limit of their own, texts end with the learned positions
+    assert len(model.generate(PROMPT, max_tokens=-1).tokens) == 16 - len(PROMPT)
+    assert [len(row.tokens) for row in model.generate(prompts, max_tokens=[-1, 4])] == [16 - len(PROMPT), 4]
+
+
+@pytest.mark.parametrize("prompt", [PROMPT, [PROMPT, PROMPT]])
+def test_without_a_limit_a_text_goes_on_until_the_model_ends_it(pocket: InterpretableModel, prompt: Any) -> None:
+    assert pocket.tokenizer is not None
+    bare, wrapped = tiny.build("llama"), TokenizerWrapper(pocket.tokenizer._tokenizer)
+    wrapped._eos_token_ids = {10**6}
+    model = InterpretableModel(bare, wrapped)
+    last = model.generate(PROMPT, max_tokens=6).tokens[5]
+    wrapped._eos_token_ids = {last}
+    made = model.generate(prompt, max_tokens=-1)
+    for text in made if isinstance(prompt[0], list) else [made]:
+        assert text.finish_reason == "stop"
+        assert len(text.tokens) <= 5
+
+
 # -- batches ---------------------------------------------------------------------------------------------------------
 
 
@@ -282,6 +367,77 @@ def test_foreign_batches_are_steered(name: str, tokenizer: TokenizerWrapper) -> 
         assert np.allclose(chosen[uid], expected, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "told", [np.int64(8), mx.array(8), np.array(PROMPT), mx.array(PROMPT), tuple(PROMPT), [np.array(PROMPT)]]
+)
+def test_a_prompt_is_told_as_a_number_or_as_ids_of_any_kind(llama: InterpretableModel, told: Any) -> None:
+    steer = {f"layers.{LAYER}": iv.add_vector(vector(), at="last")}
+    with llama.steer(steer, prompt_tokens=told):
+        text = mlx_lm.generate(llama.model, llama.tokenizer, PROMPT, max_tokens=4)
+    assert text == llama.generate(PROMPT, steer, max_tokens=4)
+
+
+@pytest.mark.parametrize(
+    ("told", "sentence"),
+    [
+        (5.0, "a number of tokens, a list of token ids .*, or a list of such lists, not 5.0"),
+        ("The food", "not 'The food'"),
+        (["The food"], "a number of tokens"),
+        ([1.5, 2.5], "a number of tokens"),
+        ([PROMPT, 3], "a number of tokens"),
+        (True, "not True"),
+        (0, "a prompt has at least one token"),
+        ([], "a prompt has at least one token"),
+        ([PROMPT, []], "a prompt has at least one token"),
+    ],
+)
+def test_what_tells_no_prompt_is_refused(llama: InterpretableModel, told: Any, sentence: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=sentence):
+        llama.steer({"layers.1": iv.zero_out(at="last")}, prompt_tokens=told)
+
+
+@pytest.mark.parametrize("prompt_tokens", [5.0, True, "5", [5.0], [0]])
+def test_a_traces_prompt_is_a_whole_number_of_tokens(llama: InterpretableModel, prompt_tokens: Any) -> None:
+    with pytest.raises(ValueError, match="prompt_tokens is a whole number from 1 on"):
+        llama.trace(PROMPT, prompt_tokens=prompt_tokens)
+
+
+def test_a_strength_per_row_needs_rows_of_ours(llama: InterpretableModel) -> None:
+    each = {"layers.1": iv.add_vector(vector(), [1.0, -1.0])}
+    sentence = (
+        r"add_vector at layers\.1: it has 2 strengths, one per row, which work in model.generate\(\[...\]\) and in"
+    )
+    with pytest.raises(ValueError, match=sentence):
+        llama.steer(each, prompt_tokens=[PROMPT, PROMPT[:3]])
+    with pytest.raises(ValueError, match=sentence):
+        llama.edit(each)
+
+
+def test_of_an_open_steering_only_the_strength_changes(llama: InterpretableModel) -> None:
+    made = llama.steer(mood={"layers.1": iv.zero_out()}, tone={"layers.2": iv.zero_out()})
+    with made as steering:
+        for wrong in ("2", True, None):
+            with pytest.raises(TypeError, match="a strength is a number"):
+                steering.strength = wrong
+            with pytest.raises(TypeError, match="a strength is a number"):
+                steering["mood"].strength = wrong
+        with pytest.raises(AttributeError, match=r"'strenth' can't be set: .* only the strength changes"):
+            steering["mood"].strenth = 2
+        with pytest.raises(AttributeError, match="only the strength changes"):
+            steering["mood"].edits = ()
+        with pytest.raises(AttributeError, match="'strenght' can't be set"):
+            steering.strenght = 2
+        with pytest.raises(AttributeError, match=r"\.strength, or \[\"mood\"\]\.strength"):
+            steering.mood = 2
+        assert steering.strength == 1.0
+        steering.strength = np.float32(0.5)
+        assert steering["tone"].strength == 0.5
+        assert repr(steering["mood"]) == "<steering mood ×0.5 at layers.1>"
+        llama.model(mx.array([PROMPT]))
+    with pytest.raises(ValueError, match="two are called 'steering'"):
+        llama.steer({"layers.1": iv.zero_out()}, steering={"layers.2": iv.zero_out()})
+
+
 def test_mlx_lms_own_batch_function_is_steered(llama: InterpretableModel) -> None:
     steer = {f"layers.{LAYER}": iv.add_vector(vector(), at="generated")}
     with llama.steer(steer):
@@ -314,6 +470,13 @@ def test_speculative_decoding_steers_the_target_exactly(tokenizer: TokenizerWrap
         made, steps = run(model.stream(PROMPT, steer, max_tokens=9, draft_model=draft, num_draft_tokens=3))
         assert made == model.generate(PROMPT, steer, max_tokens=9).tokens
         assert distance(steps, recompute(model.model, PROMPT, made, v, touches)) <= 1e-4
+
+
+def test_a_draft_model_may_come_wrapped(llama: InterpretableModel) -> None:
+    draft = InterpretableModel(tiny.build("llama", seed=9))
+    options: dict[str, Any] = {"max_tokens": 5, "num_draft_tokens": 2}
+    made = llama.generate(PROMPT, draft_model=draft, **options)
+    assert made.tokens == llama.generate(PROMPT, draft_model=draft.model, **options).tokens
 
 
 def test_foreign_speculative_decoding_needs_the_prompt(tokenizer: TokenizerWrapper) -> None:

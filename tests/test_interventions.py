@@ -575,7 +575,13 @@ def test_a_function_that_changes_the_shape_is_refused() -> None:
         as_intervention(lambda x: x[:, :1])(mx.zeros((1, 2, 3)), where(mx.zeros((1, 2, 3))))
 
 
-@pytest.mark.parametrize("bad", [3, None, "add_vector", mx.zeros(3), iv.AddVector, {"layers.0": 1}], ids=repr)
+@pytest.mark.parametrize("array", [mx.zeros(3), np.zeros(3)])
+def test_an_array_is_no_intervention_by_itself(array: Any) -> None:
+    with pytest.raises(TypeError, match=r"an array is no intervention by itself: wrap it, such as in add_vector\(v\)"):
+        as_intervention(array)
+
+
+@pytest.mark.parametrize("bad", [3, None, "add_vector", iv.AddVector, {"layers.0": 1}], ids=repr)
 def test_what_is_no_intervention_is_refused(bad: Any) -> None:
     with pytest.raises(TypeError, match="an intervention is one of|call it, add_vector"):
         as_intervention(bad)
@@ -680,6 +686,13 @@ def test_a_constant_that_is_not_finite_or_empty_is_refused_when_it_is_given(
 ) -> None:
     with pytest.raises(ValueError, match=sentence):
         make(value)
+
+
+@pytest.mark.parametrize("make", [iv.add_vector, iv.ablate, iv.replace_with, iv.cosine])
+@pytest.mark.parametrize("bad", [None, "joy", b"joy", {"a": 1}, [[1.0, 2.0], [3.0]], ["a", "b"]], ids=repr)
+def test_a_constant_that_is_no_array_is_refused_in_a_sentence(make: Callable[[Any], Any], bad: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match=r"^\w+: .* is an array of numbers, not "):
+        make(bad)
 
 
 NOT_FINITE: dict[str, Callable[[float], Any]] = {

@@ -124,6 +124,11 @@ def test_prompts_that_are_none_are_refused(pocket: InterpretableModel) -> None:
         bare.generate([1, 2])
 
 
+def test_an_edit_without_interventions_is_a_block(pocket: InterpretableModel) -> None:
+    with pytest.raises(AttributeError, match=r"a block and has no 'generate': write `with model.edit\(\) as edited:`"):
+        pocket.edit().generate("The food was")
+
+
 def test_a_prompt_longer_than_the_context_is_warned_of(pocket: InterpretableModel) -> None:
     with pytest.warns(ContextLengthWarning, match="513 tokens, the model was made for 512"):
         pocket.trace([7] * 513)

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlxsteer import PositionError, after
+from mlxsteer.interventions.schedules import Schedule
 from mlxsteer.positions import NAMES, Position, Prompt, Tokens
 
 hypothesis_settings = settings(max_examples=100, deadline=None, derandomize=True)
@@ -305,6 +306,43 @@ def test_an_index_before_the_prompt_is_refused() -> None:
 def test_a_callable_that_chooses_no_token_of_the_prompt_is_refused(index: int) -> None:
     with pytest.raises(PositionError, match=f"chose position {index} in a prompt of 3 tokens"):
         Prompt(3, [0, 1, 2]).ranges(Position.of(lambda ids: [0, index]))
+
+
+@pytest.mark.parametrize("given", [1, np.int64(1), mx.array(1), -2, (1,), np.array([1]), mx.array([1]), range(1, 2)])
+def test_a_callable_may_give_one_token_or_several_of_any_kind(given: Any) -> None:
+    assert Prompt(3, [0, 1, 2]).ranges(Position.of(lambda ids: given)) == (range(1, 2),)
+
+
+@pytest.mark.parametrize("given", ["all", "12", None, [0.5], 1.0, True, [0, True], [[0]], np.array([0.5]), b"1"])
+def test_a_callable_that_gives_no_tokens_is_refused(given: Any) -> None:
+    with pytest.raises(PositionError, match="gives a list of token indices, such as .*this one gave"):
+        Prompt(2, [0, 1]).ranges(Position.of(lambda ids: given))
+
+
+@dataclass
+class Unhashable:
+    """A callable that is equal to others of its kind, and so has no hash."""
+
+    index: int
+
+    def __call__(self, given: Any) -> Any:
+        return [self.index] if isinstance(given, list) else float(self.index)
+
+
+def test_a_callable_needs_no_hash() -> None:
+    tokens = Tokens([0], [3], 3, [Prompt(3, [0, 1, 2])])
+    for index in (0, 2, 0):
+        assert np.flatnonzero(tokens.marks(0, Position.of(Unhashable(index)))).tolist() == [index]
+        strengths = tokens.strengths(None, Schedule.of(Unhashable(index + 2)))
+        assert strengths is not None
+        assert strengths.tolist() == [[index + 2]]
+
+
+@pytest.mark.parametrize("text", [5, 5.5, None, [1.5], ["a"], np.int64(5)])
+def test_after_takes_a_text_or_token_ids(text: Any) -> None:
+    with pytest.raises(TypeError, match="after: a text or a list of token ids, not"):
+        after(text)
+    assert after(np.array([2, 1])) == after([2, 1]) == after((2, 1))  # type: ignore[arg-type]
 
 
 def test_after_what_is_not_there_or_can_not_be_looked_for_is_refused() -> None:

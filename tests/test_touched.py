@@ -6,6 +6,8 @@ import copy
 import html
 import pickle
 import re
+import threading
+import warnings
 from typing import Any
 
 import mlx.core as mx
@@ -18,8 +20,9 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from rich.console import Console
 from tiny import by_hand
 
-from mlxsteer import Generation, InterpretableModel
+from mlxsteer import Generation, InterpretableModel, NothingTouched, PartlySteered, PositionError, fill_prompt_cache
 from mlxsteer import interventions as iv
+from mlxsteer.generation import NotFinite
 from mlxsteer.touched import Touched
 
 PROMPT = [7, 31, 52, 18, 77, 23, 9, 64]
@@ -221,15 +224,126 @@ def test_a_pickle_and_a_copy_keep_the_marks_and_leave_the_model(llama: Interpret
         Generation("a", [1], [2], touched=[True, False]).touched.touches  # noqa: B018
 
 
-def test_what_went_on_from_a_cache_says_which_and_not_how_much(llama: InterpretableModel) -> None:
-    steer, cache = {KEY: iv.add_vector(W, at="last")}, make_prompt_cache(llama.model)
-    llama.generate(PROMPT, steer, max_tokens=2, prompt_cache=cache)
-    second = llama.generate([5, 6], steer, max_tokens=2, prompt_cache=cache)
-    assert second.touched == [False, True, True, True]
-    with pytest.raises(ValueError, match="10 tokens came from a prompt cache, and the text can't be run again"):
-        second.touched.amount  # noqa: B018
-    first = llama.generate(PROMPT, steer, max_tokens=2, prompt_cache=make_prompt_cache(llama.model))
-    assert first.touched.amount.any()  # an empty one was filled by this text alone
+@pytest.mark.parametrize("filled", ["steered", "clean", "by other code"])
+def test_of_a_text_that_goes_on_from_a_cache_the_same_is_known(llama: InterpretableModel, filled: str) -> None:
+    """Where the tokens in the cache are known, and the strengths stayed as they were; with spans and gates too."""
+    gate = iv.when(iv.projection(V) > -1e6, iv.add_vector(W, at="last"))
+    steer = {KEY: iv.add_vector(W, exclude=((5,), (77,))), "layers.2": gate}
+    cache, begun, told = make_prompt_cache(llama.model), list(PROMPT), {}
+    if filled == "steered":
+        begun += llama.generate(PROMPT, steer, max_tokens=2, prompt_cache=cache).tokens
+    elif filled == "clean":
+        cache = fill_prompt_cache(llama, PROMPT)
+    else:
+        mx.eval(llama.model(mx.array([PROMPT]), cache=cache))
+        told = {"cached_tokens": PROMPT}
+    made = llama.generate([8, 5, 6, 77], steer, max_tokens=2, prompt_cache=cache, **told)
+    # what a block gives depends on nothing that is done behind it, so that the plain run says ‖x‖ there
+    x = captured(llama.model, [*begun, 8, 5, 6, 77, *made.tokens], LAYER)[len(begun) :]
+    outside = np.array([True, False, False, False, True, True])
+    first, second = made.touched.touches
+    expected = outside * np.linalg.norm(np.array(W)) / np.linalg.norm(x, axis=-1)
+    np.testing.assert_allclose(first.share, expected, rtol=1e-4)
+    assert (second.amount > 0).tolist() == [False, False, False, True, True, True]
+    assert list(made.touched) == [True, False, False, True, True, True]
+
+
+def test_what_cannot_be_known_is_said_and_shown_without(llama: InterpretableModel) -> None:
+    cache = make_prompt_cache(llama.model)
+    mx.eval(llama.model(mx.array([PROMPT]), cache=cache))  # nobody says with what
+    made = llama.generate([5, 6], {KEY: iv.add_vector(W, at="last")}, max_tokens=2, prompt_cache=cache)
+    assert made.touched == [False, True, True, True]
+    with pytest.raises(ValueError, match="8 tokens came from a prompt cache, and nobody has told which"):
+        made.touched.amount  # noqa: B018
+    styles = [str(span.style) for span in made.touched.text().spans]
+    assert styles == ["dim", *["rgb(0,0,0) on rgb(230,120,20)"] * 3]
+    assert made.touched._repr_html_().count("rgba(230,120,20,1.00)") == 3
+    with llama.steer(mood={KEY: iv.add_vector(W, at="last")}) as steering:
+        pieces: list[int] = []
+
+        def turned_off(tokens: Any, logits: mx.array) -> mx.array:
+            pieces.append(1)
+            steering["mood"].strength = 1.0 if len(pieces) < 3 else 0.0
+            return logits
+
+        varied = llama.generate(PROMPT, max_tokens=6, logits_processors=[turned_off])
+    assert varied.touched[len(PROMPT) - 1]
+    with pytest.raises(ValueError, match="a strength was changed while the text was made"):
+        varied.touched.amount  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("edit", "expected"),
+    [
+        (iv.add_sequence(mx.stack([V, W])), [0, 1]),
+        (iv.add_sequence(mx.stack([V, W]), at=slice(1, None)), [1]),
+        (iv.replace_with(mx.stack([V, W])), [6, 7]),
+        (iv.replace_with(mx.stack([V, W])[None], align="start"), [0, 1]),
+        (iv.replace_with(mx.stack([V, W]), at="last"), [7]),
+        (iv.replace_with(V, at=2), [2]),
+        (iv.Compose((iv.add_vector(V, at=3), iv.Compose((iv.add_vector(W),), 0.0))), [3]),
+        ([iv.add_vector(V, at=1), iv.when(iv.cosine(V) > -2, iv.add_vector(W), 0.0)], [1]),
+    ],
+)
+def test_what_is_laid_along_the_prompt_or_at_strength_0_touches_no_more(
+    llama: InterpretableModel, edit: Any, expected: list[int]
+) -> None:
+    made = llama.generate(PROMPT, {KEY: edit}, max_tokens=3)
+    assert np.flatnonzero(list(made.touched)).tolist() == expected
+    assert np.flatnonzero(made.touched.amount > 0).tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("edit", "said"),
+    [
+        (iv.Compose((iv.add_vector(V, at=99),)), "at=99 lies nowhere in 10 tokens"),
+        (iv.when(iv.cosine(V) > -2, iv.add_vector(V, at="first")), "behind a gate that opens with the prompt's last"),
+        (iv.when(iv.cosine(V) > -2, iv.add_vector(V, at=slice(0, 7))), "behind a gate that opens with the prompt's"),
+    ],
+)
+def test_what_can_touch_nothing_is_told(llama: InterpretableModel, edit: Any, said: str) -> None:
+    with pytest.warns(NothingTouched, match=said):
+        llama.generate(PROMPT, {KEY: edit}, max_tokens=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        llama.generate(PROMPT, {KEY: iv.Compose((edit,), 0.0)}, max_tokens=2)  # it isn't meant to
+
+
+def test_a_sequence_behind_which_a_cache_goes_on_is_refused(llama: InterpretableModel) -> None:
+    cache = fill_prompt_cache(llama, PROMPT)
+    with pytest.raises(PositionError, match="lies wholly within the 8 tokens"):
+        llama.generate([5], {KEY: iv.add_sequence(mx.stack([V, W]))}, max_tokens=2, prompt_cache=cache)
+    nothing = {KEY: iv.Compose((iv.add_vector(V, at=1),), 0.0)}
+    assert llama.generate([5], nothing, max_tokens=2, prompt_cache=cache)
+    with pytest.warns(PartlySteered, match="acts from token 8 on"):
+        llama.generate([5, 6], {KEY: iv.add_sequence(mx.stack([V] * 12))}, max_tokens=2,
+                       prompt_cache=fill_prompt_cache(llama, PROMPT))  # fmt: skip
+
+
+def test_a_marker_that_is_there_in_other_tokens_is_told(pocket: InterpretableModel) -> None:
+    prompt = "The food was good"
+    with pytest.warns(NothingTouched, match=r"the marker 'food' is in the text, but not as the tokens"):
+        pocket.generate(prompt, {"layers.2": iv.add_vector(vector(1, 256), exclude=("food", " was"))}, max_tokens=1)
+    spans = {"layers.2": iv.add_vector(vector(1, 256), exclude=(" food", " was"))}
+    made = pocket.generate(prompt, spans, max_tokens=1)  # warnings are errors here
+    assert list(made.touched).count(False) >= 2
+
+
+def test_a_text_of_nan_is_told(llama: InterpretableModel) -> None:
+    large = {KEY: iv.add_vector(W, 1e38)}
+    with pytest.warns(NotFinite, match="Steer less strongly"):
+        llama.generate(PROMPT, large, max_tokens=2)
+    with pytest.warns(NotFinite):
+        llama.generate([PROMPT, PROMPT[:3]], [None, large], max_tokens=2)
+
+
+def test_log_probabilities_are_there_for_every_thread(llama: InterpretableModel) -> None:
+    rows = llama.generate([PROMPT, PROMPT[:3]], max_tokens=3, logprobs=True)
+    made, read = [llama.generate(PROMPT, max_tokens=3, logprobs=True), *rows], []
+    thread = threading.Thread(target=lambda: read.extend(one.logprobs.tolist() for one in made))
+    thread.start()
+    thread.join()
+    assert [len(one) for one in read] == [3, 3, 3]
 
 
 # -- shown -------------------------------------------------------------------------------------------------------------

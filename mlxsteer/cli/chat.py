@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import io
+import json
 import math
 import random
 import re
@@ -59,12 +61,35 @@ def opened(name: str, model: str) -> Source:
     """What a file holds, or a bundled contrast set, of which the bundled model has some in its own language."""
     path, sets = Path(name).expanduser(), datasets.available()
     own = f"pocket/{name}" if model == "pocket" and f"pocket/{name}" in sets else name
+    if not path.exists() and own in sets:
+        return datasets.load(own)
     if not path.exists():
-        return datasets.load(own) if own in sets else SteeringVector.load(name)
+        try:
+            return SteeringVector.load(name)
+        except (FileNotFoundError, ConnectionError) as error:
+            near = difflib.get_close_matches(name.casefold(), _sets(model), n=3)
+            more = f" Nearest contrast sets: {', '.join(near)}." if near else ""
+            raise type(error)(f"{error}{more}") from error
+    if path.suffix == ".json" and _conversation(path):
+        raise ValueError(f"{path} is a saved conversation, not a steering: what steers is saved as .safetensors.")
     metadata: Any = {}
     with suppress(RuntimeError, ValueError):  # of what is damaged, the vector's own reader says what it is
         metadata = mx.load(str(path), return_metadata=True)[1] if path.suffix == ".safetensors" else {}  # type: ignore[index]
     return iv.load(path) if FORMAT in metadata else SteeringVector.load(path)
+
+
+def _sets(model: str) -> list[str]:
+    """The contrast sets as they are typed: those of the bundled model's own language without their folder, for it."""
+    own = [name.removeprefix("pocket/") for name in datasets.available() if name.startswith("pocket/")]
+    return list(dict.fromkeys([*own * (model == "pocket"), *datasets.available()]))
+
+
+def _conversation(path: Path) -> bool:
+    """Whether a file is what `/save` writes of a conversation."""
+    with suppress(OSError, ValueError):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return isinstance(found, dict) and "messages" in found
+    return False
 
 
 def _each(one: Intervention, by: float = 1.0, gate: str = "") -> Iterator[tuple[Intervention, float, str]]:
@@ -94,6 +119,14 @@ def _place(text: str) -> At:
     if re.fullmatch(f"({number})?:({number})?", text):
         return slice(*(int(end) if end else None for end in text.split(":")))
     raise ValueError(f"a position is a name, or like -1 or 0,1 or 2:5, not {text!r}. {nearest(text, NAMES, '/help')}")
+
+
+def _typed(at: At) -> str:
+    """A position as `_place` reads it, where it is a slice."""
+    if not isinstance(at, slice):
+        return repr(at)
+    ends = [at.start, at.stop] if at.step in (None, 1) else [at.start, at.stop, at.step]
+    return ":".join("" if end is None else str(end) for end in ends)
 
 
 @dataclass(frozen=True)
@@ -126,7 +159,7 @@ class Named:
             for part, strength, gate in _each(one):
                 when = f", {part.schedule}" if part.schedule is not None else ""
                 spans = f", not {part.exclude}" if part.exclude is not None else ""
-                yield key, part.name, f"{strength:g}", f"{part.at.written()!r}{when}{spans}{gate}"
+                yield key, part.name, f"{strength:g}", f"{_typed(part.at.written())}{when}{spans}{gate}"
 
     def __str__(self) -> str:
         told = "; ".join(f"{kind} at {key}, strength {s}, tokens {where}" for key, kind, s, where in self.acts())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
@@ -51,9 +52,15 @@ def tensor(value: Any, what: str) -> mx.array:
     """A constant of an intervention: float32, finite, evaluated.
 
     Raises:
+        TypeError: it holds something else than numbers.
         ValueError: it is empty, or holds a NaN or an infinity.
     """
-    x = mx.array(value)
+    if value is None or isinstance(value, (str, bytes)):
+        raise TypeError(f"{what} is an array of numbers, not {value!r}.")
+    try:
+        x = mx.array(value)
+    except ValueError as error:  # MLX's words name neither what is made nor of what
+        raise ValueError(f"{what} is an array of numbers, not {value!r:.80} ({error}).") from error
     if x.dtype == mx.complex64:
         raise ValueError(f"{what} is complex; an activation is real.")
     x = x.astype(mx.float32)
@@ -83,6 +90,21 @@ def number(value: Any, what: str) -> float:
     if not np.isfinite(value):
         raise ValueError(f"{what} is a finite number, not {value}.")
     return float(value)
+
+
+def whole(value: Any, what: str, least: int) -> int:
+    """A whole number, as an int.
+
+    Raises:
+        ValueError: it is none, or below `least`.
+    """
+    try:
+        count = operator.index(value)
+    except TypeError:
+        count = least - 1
+    if isinstance(value, bool) or count < least:
+        raise ValueError(f"{what} is a whole number from {least} on, not {value!r}.")
+    return count
 
 
 def _strength(value: Any, what: str) -> float | tuple[float, ...] | mx.array:
@@ -293,6 +315,15 @@ class Intervention:
         """The elementary interventions in it, in the order in which they act."""
         return (self,)
 
+    def reach(self, prompt: int, axes: int) -> range | None:
+        """The positions that it can touch whatever its `at` says, where it is laid along the prompt; None for all.
+
+        Args:
+            prompt: the prompt's length.
+            axes: how many axes an activation has behind its tokens.
+        """
+        return None
+
     def bound(self, encode: Callable[[str], list[int]] | None) -> Intervention:
         """The same with the texts of spans as token ids.
 
@@ -362,18 +393,21 @@ class Intervention:
             return f"unsaved-{type(self).__module__}.{type(self).__qualname__}({', '.join(self._contents())})"
 
     def _contents(self) -> Iterator[str]:
-        """What is in it, one by one; what can't be data is like itself only."""
-        from mlxsteer.interventions.registry import encode
-
+        """What is in it, one by one."""
         for value in (getattr(self, f.name) for f in fields(self) if f.init):
-            tensors: dict[str, mx.array] = {}
-            if isinstance(value, Intervention):
-                yield value.fingerprint
-                continue
-            try:
-                yield _digest(encode(value, tensors), tensors)
-            except ValueError:
-                yield f"{id(value):x}"
+            yield value.fingerprint if isinstance(value, Intervention) else likeness(value)
+
+
+def likeness(value: Any) -> str:
+    """A hash of what an intervention holds; a function, also as a position or a schedule, is like itself only."""
+    from mlxsteer.interventions.registry import encode
+
+    tensors: dict[str, mx.array] = {}
+    try:
+        return _digest(encode(value, tensors), tensors)
+    except ValueError:
+        function = getattr(value, "value", getattr(value, "function", value))
+        return f"{type(value).__name__} {id(function):x}"
 
 
 def _digest(spec: Any, tensors: dict[str, mx.array]) -> str:
@@ -430,7 +464,9 @@ class Compose(Intervention):
         return self if all(a is b for a, b in zip(steps, self.steps, strict=True)) else replace(self, steps=steps)
 
     def row(self, index: int) -> Intervention:
-        return replace(self, steps=tuple(step.row(index) for step in self.steps))
+        steps = tuple(step.row(index) for step in self.steps)
+        # rows that share a steering share its computation
+        return self if all(a is b for a, b in zip(steps, self.steps, strict=True)) else replace(self, steps=steps)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -475,6 +511,8 @@ def as_intervention(value: Any) -> Intervention:
         return Function(value)
     if isinstance(value, type) and issubclass(value, Intervention):
         raise TypeError(f"{value.name} is the kind of intervention: call it, {value.name}(...), to make one.")
+    if isinstance(value, (mx.array, np.ndarray)):
+        raise TypeError("an array is no intervention by itself: wrap it, such as in add_vector(v).")
     raise TypeError(
         f"an intervention is one of mlxsteer.interventions (such as add_vector(v)), a list of them, or a function "
         f"x -> x', not {type(value).__name__}."

@@ -233,6 +233,8 @@ class inside(Condition):  # noqa: N801 - reads as a word: when(~inside("<think>"
 
     opening: str | tuple[int, ...]
     closing: str | tuple[int, ...]
+    said: ClassVar[tuple[tuple[str, tuple[int, ...]], ...]] = ()
+    """Of markers that were given as texts: the text, and the tokens that it was taken for."""
 
     def __post_init__(self) -> None:
         for name in ("opening", "closing"):
@@ -246,7 +248,10 @@ class inside(Condition):  # noqa: N801 - reads as a word: when(~inside("<think>"
         if encode is None:
             raise ValueError(f"{self} needs a tokenizer; this model has none. Give token ids in place of texts.")
         found = [tuple(encode(m)) if isinstance(m, str) else m for m in (self.opening, self.closing)]
-        return inside(found[0], found[1])
+        bound = inside(found[0], found[1])
+        texts = zip((self.opening, self.closing), found, strict=True)
+        object.__setattr__(bound, "said", tuple((text, ids) for text, ids in texts if isinstance(text, str)))
+        return bound
 
     def holds(self, value: Callable[[Reading], mx.array], tokens: Tokens) -> mx.array:
         return self.marks(tokens)

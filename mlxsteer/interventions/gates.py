@@ -43,6 +43,8 @@ class When(Intervention):
     def __post_init__(self) -> None:
         if not isinstance(self.condition, Condition):
             hint = f": compare it, such as {self.condition} > 0.3" if isinstance(self.condition, Reading) else ""
+            if isinstance(getattr(self.condition, "condition", None), Condition):  # a GateFit
+                hint = "; a fit's is fit.condition"
             raise TypeError(f"when: a condition is made of comparisons such as cosine(v) > 0.3{hint}.")
         if self.per not in ("prompt", "token"):
             raise ValueError(f"when: per is 'prompt' or 'token', not {self.per!r}.")
@@ -204,6 +206,17 @@ def looks_back(intervention: Intervention) -> bool:
             intervention.then
         )
     return any(map(looks_back, getattr(intervention, "steps", ())))
+
+
+def spans_of(intervention: Intervention) -> Iterator[Inside]:
+    """The spans that an intervention, or a gate in it, asks for."""
+    if intervention.exclude is not None:
+        yield intervention.exclude
+    if isinstance(intervention, When):
+        yield from (leaf for leaf in intervention.condition.leaves() if isinstance(leaf, Inside))
+        yield from spans_of(intervention.then)
+    for step in getattr(intervention, "steps", ()):
+        yield from spans_of(step)
 
 
 def gates(intervention: Intervention) -> Iterator[When]:

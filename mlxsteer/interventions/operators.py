@@ -101,6 +101,9 @@ class AddSequence(Intervention):
             raise ValueError(f"add_sequence: the vectors have shape (positions, D), not {self.vectors.shape}.")
         super().__post_init__()
 
+    def reach(self, prompt: int, axes: int) -> range:
+        return range(min(prompt, self.vectors.shape[0]))
+
     def formula(self, x: mx.array, strength: float | mx.array, where: Where) -> mx.array:
         if x.shape[2:] != self.vectors.shape[1:]:
             raise ValueError(
@@ -223,6 +226,13 @@ class ReplaceWith(Intervention):
             raise ValueError(f"replace_with: align is 'end', 'start' or 'strict', not {self.align!r}.")
         self._set(value=tensor(self.value, "replace_with: the value"))
         super().__post_init__()
+
+    def reach(self, prompt: int, axes: int) -> range | None:
+        if self.value.ndim <= axes:
+            return None
+        count = self.value.shape[-1 - axes]
+        offset = self._offset(prompt, count)
+        return range(max(offset, 0), max(offset + count, 0))
 
     def formula(self, x: mx.array, strength: float | mx.array, where: Where) -> mx.array:
         value, axes = self.value, x.ndim - 2

@@ -15,8 +15,9 @@ class route:  # noqa: N801 - reads as a word: interventions=route({...}, by=topi
 
     Args:
         choices: name → key dict of interventions (or None for none).
-        by: a function from the prompt's text (as the model sees it, decoded) to one of the names, or to None. Without
-            one the names are regular expressions, and the first that is found in the text is taken.
+        by: a function from the prompt's text to one of the names, or to None. Without one the names are regular
+            expressions, and the first that is found in the text is taken. A prompt given as a text is that text; token
+            ids and chats are decoded, without the special tokens in front, so that ``"^The"`` finds a first word.
         otherwise: the key dict of prompts for which there is no name; None leaves them plain.
 
     Raises:
@@ -57,7 +58,15 @@ class route:  # noqa: N801 - reads as a word: interventions=route({...}, by=topi
             name = self.by(text)
         if name is None:
             return self.otherwise
-        if name not in self.choices:
+        try:
+            return self.choices[name]
+        except (KeyError, TypeError):  # a list, say, is no name at all
             near = difflib.get_close_matches(str(name), self.choices, n=3) or list(self.choices)
-            raise ValueError(f"route: by gave {name!r}, and there is {', '.join(map(repr, near))}.")
-        return self.choices[name]
+            raise ValueError(
+                f"route: by gives one of the names, or None; it gave {name!r}, and there is "
+                f"{', '.join(map(repr, near))}."
+            ) from None
+
+    def branches(self) -> list[Mapping[str, Any]]:
+        """Every key dict that a prompt may be given."""
+        return [given for given in (*self.choices.values(), self.otherwise) if given is not None]

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mlxsteer.interventions.base import number
+from mlxsteer.positions import handle
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,9 @@ class Called(Schedule):
     """A plain function from n to a factor. It can't be saved."""
 
     function: Callable[[int], float]
+
+    def __hash__(self) -> int:
+        return hash(handle(self.function))
 
     def factor(self, n: int) -> float:
         return self.function(n)

@@ -87,12 +87,8 @@ class Reference:
         self.model, self.plain = model, plain
         positions = several_positions(at)
         self.texts = continued(model, prompts, tokens, chat=chat)
-
-        def run(texts: Sequence[Text]) -> list[Continuation]:
-            batches = _batches(model, texts, positions, batch_tokens // variants, whole=not tokens, plain=plain)
-            return [Continuation(model, some, needed, positions, plain=plain) for some, needed in batches]
-
-        self._run, self.passes = run, run(self.texts)
+        batches = _batches(model, self.texts, positions, batch_tokens // variants, whole=not tokens, plain=plain)
+        self.passes = [Continuation(model, some, needed, positions, plain=plain) for some, needed in batches]
         whole = [(text, range(len(text.tokens) - 1)) for text in self.texts if len(text.tokens) > 1]
         if whole:
             check_touched(model, whole, positions, at)
@@ -103,7 +99,11 @@ class Reference:
         """The same texts, with only the first tokens of each continuation measured: cheaper, and of every prompt."""
         short = copy.copy(self)
         short.texts = [Text(text.tokens[: text.prompt + tokens], text.prompt) for text in self.texts]
-        short.passes = self._run(short.texts)
+        short.passes = [
+            one.shortened([min(len(row), (prompt.length or 0) + tokens - 1)
+                           for row, prompt in zip(one.rows, one.prompts, strict=True)])[0]
+            for one in self.passes
+        ]  # fmt: skip
         return short
 
     @property

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 
-from mlxsteer.continuation import check_touched, first_edited, passes_over, shares
+from mlxsteer.continuation import Score, check_touched, first_edited, passes_over, shares
 from mlxsteer.interventions.base import Intervention
 from mlxsteer.measures.divergence import doses, edits_of, outside_blocks, positions_of, several_positions
 from mlxsteer.model import InterpretableModel
@@ -67,7 +70,18 @@ class Preferences:
             for group in groups(question, firsts, variants, batch_tokens, alone=alone)
             for each in passes_over(model, question, [*group, *(i + half for i in group)], positions, plain=plain)
         ]
+        self._counts = [len(positions) for positions in question.needed]
         self.base = self._collected(None, [1.0])[0]
+
+    def shortened(self, tokens: int) -> Preferences:
+        """The same pairs, by the first tokens of each completion alone: cheaper, and of every pair."""
+        short = copy.copy(self)
+        short._passes, short._counts = [], [min(tokens, count) for count in self._counts]
+        for one, rows, score in self._passes:
+            cut, kept = one.shortened([self.question.needed[i].start + short._counts[i] for i in rows])
+            short._passes.append((cut, rows, functools.partial(_of_some, score, kept)))
+        short.base = short._collected(None, [1.0])[0]
+        return short
 
     @property
     def block_tokens(self) -> int:
@@ -100,11 +114,16 @@ class Preferences:
         sums = np.zeros((len(strengths), 2 * self.count))
         for one, rows, score in self._passes:
             scores = one.clean(score)[None] if make is None else doses(self.model, one, make, strengths, score)
-            ends = np.cumsum([len(self.question.needed[i]) for i in rows])[:-1]
+            ends = np.cumsum([self._counts[i] for i in rows])[:-1]
             for i, part in zip(rows, np.split(scores, ends, axis=1), strict=True):
                 sums[:, i] = part.sum(axis=1)
         effect: np.ndarray[Any, Any] = sums[:, : self.count] - sums[:, self.count :]
         return effect
+
+
+def _of_some(score: Score, kept: np.ndarray[Any, Any], logits: mx.array, positions: np.ndarray[Any, Any]) -> mx.array:
+    """Scores of a pass of which only some needed positions are left."""
+    return score(logits, kept[positions])
 
 
 def preference_shift(
