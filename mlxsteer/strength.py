@@ -238,8 +238,11 @@ def _next_strength(trials: Sequence[tuple[float, float]], target: float, zero: f
         x = low[0] + share * (high[0] - low[0])
         near = sorted((p for p in points if p not in (low, high)), key=lambda p: abs(p[1] - goal))[:1]
         if near and sorted(abs(p[1] - goal) for p in (low, high, *near))[1] < 1.0:
-            curved = _inverse_parabola([low, high, *near], goal)
-            x = curved if curved is not None and low[0] < curved < high[0] else x
+            if high[1] - goal > 2 and near[0][0] < low[0]:  # a cliff, which says nothing of the way up to it
+                x = low[0] + (goal - low[1]) / _slope([near[0], low])
+            else:
+                curved = _parabola([low, high, *near], goal)
+                x = x if curved is None else curved
         margin = 0.02 * (high[0] - low[0])
         return float(np.exp(np.clip(x, low[0] + margin, high[0] - margin)))
     if high is not None:
@@ -260,13 +263,13 @@ def _slope(points: Sequence[tuple[float, float]]) -> float:
     return float(np.clip((points[1][1] - points[0][1]) / (points[1][0] - points[0][0]), 0.2, 6.0))
 
 
-def _inverse_parabola(points: Sequence[tuple[float, float]], goal: float) -> float | None:
-    """log strength at the goal, of the parabola through three points in log measure; None where two measure alike."""
-    (a, fa), (b, fb), (c, fc) = points
-    if min(abs(fa - fb), abs(fa - fc), abs(fb - fc)) < 1e-9:
-        return None
-    return float(
-        a * (goal - fb) * (goal - fc) / ((fa - fb) * (fa - fc))
-        + b * (goal - fa) * (goal - fc) / ((fb - fa) * (fb - fc))
-        + c * (goal - fa) * (goal - fb) / ((fc - fa) * (fc - fb))
-    )
+def _parabola(points: Sequence[tuple[float, float]], goal: float) -> float | None:
+    """log strength between the first two of three points where the parabola through them meets a goal, if it does."""
+    low, high = points[0][0], points[1][0]
+    (a, fa), (b, fb), (c, fc) = sorted(points)
+    first = (fb - fa) / (b - a)
+    bend = ((fc - fb) / (c - b) - first) / (c - a)
+    # fa + first·(x − a) + bend·(x − a)(x − b) = goal
+    roots = np.roots([bend, first - bend * (a + b), fa - goal - first * a + bend * a * b])
+    inside = [float(root.real) for root in roots if abs(root.imag) < 1e-12 and low < root.real < high]
+    return inside[0] if len(inside) == 1 else None

@@ -333,3 +333,15 @@ def test_the_number_that_a_budget_limits() -> None:
     assert target_of(0.5, None) == ("kl_mean", 0.5)
     for name in BUDGETS:
         assert target_of(None, {name: 1.5}) == (name, 1.5)
+
+
+def test_a_curve_that_saturates_is_met_soon() -> None:
+    """As measured at an early layer of the bundled model: a steep way up, and a plateau behind the target."""
+    strengths, spent = [0.5, 1.0, 1.13, 1.26, 1.5, 1.9, 2.12, 10.0], [0.02, 0.101, 0.162, 0.232, 0.30, 0.40, 0.42, 0.6]
+
+    def curve(s: float) -> float:
+        return float(np.exp(np.interp(np.log(s), np.log(strengths), np.log(spent))))
+
+    found = solved(curve, "kl_mean", 0.3, first=2.12)
+    assert found.hit
+    assert len(found.trials) <= 5
