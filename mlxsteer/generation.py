@@ -32,7 +32,7 @@ from mlxsteer.hooks import active, attached
 from mlxsteer.interventions.base import number, whole
 from mlxsteer.interventions.gates import spans_of
 from mlxsteer.plans import Plan
-from mlxsteer.positions import PositionError, Prompt, Tokens
+from mlxsteer.positions import PositionError, Prompt, Tokens, next_turn
 from mlxsteer.sites import SiteMap
 from mlxsteer.steering import (
     Row,
@@ -307,7 +307,8 @@ def _prepare(cache: list[Any], steerings: tuple[Steering, ...], prompt: Prompt, 
             "new cache."
         )
     clean = held.clean if before else held.seen
-    row = replace(held, steerings=steerings, prompt=prompt, told=True, memory={}, passed=None, clean=clean)
+    memory = next_turn(held.memory) if before else {}
+    row = replace(held, steerings=steerings, prompt=prompt, told=True, memory=memory, passed=None, clean=clean)
     row.note(outside())
     state = state_of(cache) or SteeringState([row])
     state.rows = [row]
@@ -566,10 +567,14 @@ def _touched(
         touched |= marks
     _check_markers(acting, whole, tokenizer)
 
+    parts = [leaf for s in acting for _, edit in s.edits for leaf in leaves(edit)]
+    ask = any(gated or part.schedule is not None or part.at.needs_prompt for part, _, gated in parts)
+
     def measure() -> list[Touch]:
         for unknown, why in (
             (seen and earlier is None, f"{seen} tokens came from a prompt cache, and nobody has told which"),
             (strengths.varied, "a strength was changed while the text was made"),
+            (clean < seen and ask, "earlier turns in the prompt cache were steered under prompts of their own"),
         ):
             if unknown:
                 raise ValueError(f"how much was touched isn't known: {why}.")

@@ -22,12 +22,12 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxsteer.banks import Bank, banked
-from mlxsteer.interventions.base import Intervention, Where
+from mlxsteer.interventions.base import Intervention, Where, settled
 from mlxsteer.interventions.gates import looks_back
 from mlxsteer.plans import MISSING, Hook, NeverFired, Plan, Stopped
-from mlxsteer.positions import PositionError, Prompt, Tokens, ToldPrompts
+from mlxsteer.positions import PositionError, Prompt, Tokens, ToldPrompts, next_turn
 from mlxsteer.sites import Site
-from mlxsteer.steering import Row, SteeredCacheError, Steering, SteeringState, carrier, fresh_rows, opened, ride
+from mlxsteer.steering import Row, SteeredCacheError, Steering, SteeringState, carrier, fresh_rows, opened, ride, stage
 
 # -- which plans are active ----------------------------------------------------------------------------------------
 
@@ -363,7 +363,7 @@ class Forward:
                 plan.began |= plan.adopt
             whole = self._told()
             prompts = [
-                whole.row(row)
+                whole.alone(row, _ids(inputs, row))
                 if whole is not None
                 else Prompt(width, source=functools.partial(_row_of, inputs, row), whole=True)
                 for row in range(count)
@@ -384,38 +384,56 @@ class Forward:
     def _adopt(self, state: SteeringState, inputs: mx.array) -> None:
         """Give rows that carry nothing the context's steering; refuse rows that are steered in another way."""
         alone = self.plans[0] if len(self.plans) == 1 else None
-        if alone is not None and all(row.passed is alone for row in state.rows):
+        told = self._told()
+        if told is None and alone is not None and all(row.passed is alone for row in state.rows):
             return
+        doing = stage() if told is not None else None
+        for index, row in enumerate(state.rows):
+            try:
+                self._adopt_row(row, state, index, inputs, told, doing)
+            except ValueError:
+                row.free()  # where nothing has run, another steering may come
+                raise
+            row.passed = alone
+
+    def _adopt_row(
+        self, row: Row, state: SteeringState, index: int, inputs: mx.array, told: ToldPrompts | None, doing: str | None
+    ) -> None:
         allowed = {id(s) for plan in self.plans for s in plan.steerings}
         default = tuple(s for plan in self.plans if plan.adopt for s in plan.steerings)
-        for index, row in enumerate(state.rows):
-            carried = {id(s) for s in row.steerings or ()}
-            new = row.steerings is None
-            if not new and (not carried <= allowed or not {id(s) for s in default} <= carried):
-                if [s.fingerprint for s in row.steerings or ()] != [s.fingerprint for s in default]:
-                    raise SteeredCacheError(
-                        "this prompt cache was filled under another steering: use it with the same interventions, or "
-                        "start a new cache."
-                    )
-                new = True  # the same steering, opened anew
-            if new:
-                before, row.steerings = row.steerings, default
-                for plan in self.plans:
-                    plan.began |= plan.adopt and before is None
-                if (told := self._told()) is not None:
-                    fed = state.fed(index, inputs)
-                    if before is None or not row.told or not told.goes_on(row.prompt, row.seen, fed):
-                        padded = state.padding(index) > 0
-                        row.prompt, row.told = told.next(row.seen, row.known(), fed, padded), True
-                        state.told(index)
-                        if before is not None:
-                            row.memory = {}  # gates ask the prompt that is told now
-                elif state.padding(index) and any(looks_back(edit) for s in default for _, edit in s.edits):
-                    raise PositionError(
-                        "spans and means follow every token, and nobody says where the padding of this batch's rows "
-                        "begins: pass the prompts as model.steer(..., prompt_tokens=[...]), or use model.generate."
-                    )
-            row.passed = alone
+        carried = {id(s) for s in row.steerings or ()}
+        before, new, fed = row.steerings, row.steerings is None, None
+        if not new and (not carried <= allowed or not {id(s) for s in default} <= carried):
+            if [s.fingerprint for s in row.steerings or ()] != [s.fingerprint for s in default]:
+                raise SteeredCacheError(
+                    "this prompt cache was filled under another steering: use it with the same interventions, or "
+                    "start a new cache."
+                )
+            new = True  # the same steering, opened anew
+        if told is not None:
+            behind = row.prompt.length is not None and row.seen >= row.prompt.length
+            # a step behind the prompt feeds what was generated, for which a look would wait
+            fed = state.fed(index, inputs) if new or not behind or doing == "prompt" or inputs.shape[1] > 1 else None
+            again = not new and behind and row.prompt.told is not None and told.begins_anew(fed, doing)
+            goes_on = (
+                row.told and before is not None and told.goes_on(row.prompt, row.seen, fed, doing) if new else not again
+            )
+            if not goes_on:
+                padded = state.padding(index) > 0
+                row.prompt, row.told = told.next(row.seen, row.known(), fed, doing, padded), True
+                state.told(index)
+                row.memory = next_turn(row.memory)  # gates ask the prompt that is told now
+        elif new and state.padding(index) and any(looks_back(edit) for s in default for _, edit in s.edits):
+            raise PositionError(
+                "spans and means follow every token, and nobody says where the padding of this batch's rows begins: "
+                "pass the prompts as model.steer(..., prompt_tokens=[...]), or use model.generate."
+            )
+        if new:
+            row.steerings = default
+            for plan in self.plans:
+                plan.began |= plan.adopt and before is None
+        if told is not None and fed is not None:
+            told.check(row.prompt, row.seen, state.fed(index, inputs), doing)
 
     def _rows(self, steering: Steering) -> tuple[bool, ...] | None:
         """Which rows carry a steering; None for all of them."""
@@ -522,6 +540,11 @@ def _together(plans: Sequence[Plan]) -> dict[int, list[tuple[Plan, Hook]]]:
         for key, hook in plan.hooks.items():
             found.setdefault(key, []).append((plan, hook))
     return found
+
+
+def _ids(inputs: mx.array, row: int) -> list[int] | None:
+    """The token ids of one row; None where they can't be read."""
+    return _row_of(inputs, row) if inputs.ndim == 2 and settled(inputs) else None
 
 
 def _row_of(inputs: mx.array, row: int) -> list[int]:

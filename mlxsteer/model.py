@@ -671,6 +671,8 @@ class OpenSteering:
         """Put it in force in this thread, without a block, until `disable()`."""
         if self._context is None and self._owner is None:
             self._opened = True
+            self._plan.ran.clear()
+            self._plan.forwards, self._plan.began = 0, False
             self._watch()
             self._owner = new_owner()  # known before anything is put on, so that disable() can always undo it
             enable(self._plan, self._owner)

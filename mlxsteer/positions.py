@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -71,6 +71,7 @@ class Prompt:
         decode: token ids to text, where there is a tokenizer.
         whole: every token of the row is prompt, as in a trace.
         source: makes the token ids when a position asks for them, in place of `tokens`.
+        told: what other code's caller says of it, its tokens or their number, without what a cache held.
         mixed: nobody can tell where the prompt ended: prompt and drafted tokens came in one forward, say.
     """
 
@@ -80,6 +81,7 @@ class Prompt:
     whole: bool = False
     mixed: bool = False
     source: Callable[[], list[int]] | None = None
+    told: int | list[int] | None = None
     _ranges: dict[Position, tuple[range, ...]] = field(default_factory=dict)
 
     def ranges(self, position: Position) -> tuple[range, ...]:
@@ -128,75 +130,132 @@ class ToldPrompts:
         self._prompts, self._decode, self._repeat = list(prompts), decode, repeat
         self._waiting = list(range(len(self._prompts)))
 
-    def next(self, seen: int, earlier: Sequence[int] | None, fed: Sequence[int] | None, padded: bool = False) -> Prompt:
+    def next(
+        self,
+        seen: int,
+        earlier: Sequence[int] | None,
+        fed: Sequence[int] | None,
+        stage: str | None = None,
+        padded: bool = False,
+    ) -> Prompt:
         """The prompt of a row that begins: the first one left that begins with what the row is fed.
 
-        mlx-lm doesn't run the rows of a batch in the order given: prompts of one token come first.
+        mlx-lm doesn't run the rows of a batch in the order given: of those that it takes on together, prompts of one
+        token come first.
 
         Args:
             seen: how many tokens its cache holds already.
             earlier: which, where they are known.
             fed: the tokens of its first forward, where they are known.
+            stage: what mlx-lm is doing, ``"prompt"`` (all of a prompt but its last token) or ``"step"``; None in any
+                other loop.
             padded: zeros follow all of its tokens but the last, which comes later.
 
         Raises:
             ValueError: more rows begin than there are prompts, or one begins as none of them does.
         """
-        if self._repeat:
-            index = 0 if _begins(self._prompts[0], fed, padded) else None
-        else:
-            if not self._waiting:
-                raise ValueError(f"prompt_tokens= holds {len(self._prompts)} prompts, and one more row has begun.")
-            near = [i for i in self._waiting if _begins(self._prompts[i], fed, padded)]
-            index = min(near, key=lambda i: self._unlikely(i, fed), default=None)
-        if index is None:
-            shown = ", ".join(map(str, (fed or ())[:8])) + (", …" if len(fed or ()) > 8 else "")
-            raise ValueError(
-                f"the model is fed the tokens [{shown}], and no prompt in prompt_tokens= that is still to come begins "
-                "so: tell the ids that will run, special tokens included."
-            )
+        left = [0] if self._repeat else self._waiting
+        if not left:
+            raise ValueError(f"prompt_tokens= holds {len(self._prompts)} prompts, and one more row has begun.")
+        near = [i for i in left if _begins(self._prompts[i], fed, padded)]
+        if stage == "prompt" and fed is not None:
+            near = [i for i in near if self._length(i) > (1 if padded else len(fed))]
+        if stage == "step":
+            near = [i for i in near if self._length(i) == 1]
+        if not near:
+            raise ValueError(_unlike(fed))
+        index = min(near, key=lambda i: fed is not None and self._length(i) < len(fed))
         if not self._repeat:
             self._waiting.remove(index)
         return self.row(index, seen, earlier)
 
-    def _unlikely(self, index: int, fed: Sequence[int] | None) -> tuple[bool, bool]:
-        """Of prompts that begin alike, the last one to think of: one that is fed with more behind it, or in part alone.
-
-        A single token is a whole prompt, where there is one, since mlx-lm runs these first.
-        """
+    def _length(self, index: int) -> int:
         told = self._prompts[index]
-        if fed is None or isinstance(told, int):
-            return False, False
-        return len(told) < len(fed), len(fed) == 1 < len(told)
+        return told if isinstance(told, int) else len(told)
 
-    def goes_on(self, prompt: Prompt, seen: int, fed: Sequence[int] | None) -> bool:
+    def goes_on(self, prompt: Prompt, seen: int, fed: Sequence[int] | None, stage: str | None) -> bool:
         """Whether a row whose prompt was told before is still at it: the same is told again, and not fed anew.
 
         Args:
             prompt: the row's prompt.
             seen: how many of its tokens the model has seen.
             fed: the tokens of the forward that is about to run, where they are known.
+            stage: as in `next`.
+
+        Raises:
+            PositionError: nobody can tell.
         """
-        if prompt.length is None:
+        told: Any = prompt.told
+        if prompt.length is None or told not in self._prompts:
             return False
-        amid, single = seen < prompt.length, fed is None or len(fed) == 1
-        for told in self._prompts:
-            if isinstance(told, int):
-                if amid or single:
-                    return True
-            elif prompt.tokens is not None and prompt.tokens[-len(told) :] == told:
-                return amid or single or not _begins(told, fed)
-        return False
+        if seen < prompt.length:
+            return True
+        if stage is not None:
+            return stage == "step" and (isinstance(told, int) or len(told) > 1 or fed != told)
+        if isinstance(told, int) or fed is None:
+            return fed is None or len(fed) == 1
+        if len(fed) == 1 and fed[0] == told[0]:
+            raise PositionError(
+                f"token {fed[0]} may begin the prompt that is told anew, or go on from what was generated: keep one "
+                "steering for the whole text, or enter the same one again, `steering = model.steer(...)`."
+            )
+        return not _begins(told, fed)
+
+    def begins_anew(self, fed: Sequence[int] | None, stage: str | None) -> bool:
+        """Whether a forward under one and the same steering, behind a prompt that was told, begins the next turn's."""
+        if stage is not None:
+            return stage == "prompt"
+        several = fed is not None and len(fed) > 1
+        return several and any(not isinstance(told, int) and _begins(told, fed) for told in self._prompts)
+
+    @staticmethod
+    def check(prompt: Prompt, seen: int, fed: Sequence[int] | None, stage: str | None) -> None:
+        """Hold what is fed against what was told of a prompt.
+
+        Raises:
+            ValueError: they differ, in tokens or in number.
+        """
+        if prompt.told is None or prompt.length is None or fed is None or seen >= prompt.length:
+            return
+        count = prompt.told if isinstance(prompt.told, int) else len(prompt.told)
+        done = seen - (prompt.length - count)
+        if (stage == "step" and done < count - 1) or (stage == "prompt" and done + len(fed) >= count):
+            runs = "more" if stage == "prompt" else done + 1
+            raise ValueError(
+                f"prompt_tokens= tells of {count} tokens, and the prompt that runs has {runs}: tell the ids that will "
+                "run, special tokens included."
+            )
+        if not isinstance(prompt.told, int) and not _begins(prompt.told[max(done, 0) :], fed):
+            raise ValueError(_unlike(fed))
 
     def row(self, index: int, seen: int = 0, earlier: Sequence[int] | None = None) -> Prompt:
         """The prompt of row `index`."""
-        if not self._repeat and index >= len(self._prompts):
-            raise ValueError(f"prompt_tokens= holds {len(self._prompts)} prompts, and one more row has begun.")
-        told = self._prompts[0 if self._repeat else index]
+        told = self._prompts[index]
         if isinstance(told, int):
-            return Prompt(seen + told, None, self._decode)
+            return Prompt(seen + told, None, self._decode, told=told)
         known = [] if not seen else earlier
-        return Prompt(seen + len(told), None if known is None else [*known, *told], self._decode)
+        return Prompt(seen + len(told), None if known is None else [*known, *told], self._decode, told=told)
+
+    def alone(self, index: int, ids: Sequence[int] | None) -> Prompt:
+        """The prompt of row `index` of a forward without a cache, which runs it whole.
+
+        Raises:
+            ValueError: there is none, or the row doesn't begin with it.
+        """
+        if not self._repeat and index >= len(self._prompts):
+            raise ValueError(f"prompt_tokens= holds {len(self._prompts)} prompts, and there is one more row.")
+        index = 0 if self._repeat else index
+        if ids is not None and (self._length(index) > len(ids) or not _begins(self._prompts[index], ids)):
+            raise ValueError(_unlike(ids))
+        return self.row(index)
+
+
+def _unlike(fed: Sequence[int] | None) -> str:
+    shown = ", ".join(map(str, (fed or ())[:8])) + (", …" if len(fed or ()) > 8 else "")
+    return (
+        f"the model is fed the tokens [{shown}], and no prompt in prompt_tokens= that is still to come goes so: tell "
+        "the ids that will run, special tokens included."
+    )
 
 
 def _begins(told: int | list[int], fed: Sequence[int] | None, padded: bool = False) -> bool:
@@ -225,6 +284,14 @@ class Position:
     @functools.cached_property
     def _hash(self) -> int:
         return hash((self.kind, handle(self.value)))
+
+    @property
+    def needs_prompt(self) -> bool:
+        """Whether it means other tokens where the prompt is another one."""
+        if self.kind == "name":
+            return self.value not in ("all", "first")
+        numbers = self.value if self.kind in ("ints", "slice") else (-1,)
+        return any(n is not None and n < 0 for n in numbers)
 
     @classmethod
     def of(cls, at: At | Position) -> Position:
@@ -419,6 +486,11 @@ def rewind(memory: dict[Any, Any], count: int) -> None:
         trail, row, length = memory[key]
         memory[key] = trail, row, length - count
         memory[key[1]] = (trail(length - count), row) if length >= count else LOST
+
+
+def next_turn(memory: Mapping[Any, Any]) -> dict[Any, Any]:
+    """What is remembered of a sequence when another prompt begins: where its spans stand, not what gates have read."""
+    return {name: kept for name, kept in memory.items() if not isinstance(kept, dict)}
 
 
 def forget(memory: dict[Any, Any]) -> None:

@@ -230,6 +230,17 @@ def _looked_at(model: InterpretableModel, pairs: Sequence[ContrastPair], chat: b
     return max(4, int(len(pairs) * lengths.mean() / 10 / np.minimum(lengths, FIRST).mean()))
 
 
+def _of_one_length(model: InterpretableModel, pairs: Sequence[ContrastPair], chat: bool) -> list[list[ContrastPair]]:
+    """Pairs in groups with prompts of nearly one length: in a look at a few tokens, padding would be most of it."""
+    lengths = [encode_side(model, as_chat(pair) if chat else pair, "positive")[1] for pair in pairs]
+    found: list[list[int]] = []
+    for i in sorted(range(len(pairs)), key=lengths.__getitem__):
+        if not found or lengths[i] > lengths[found[-1][0]] + 1:
+            found.append([])
+        found[-1].append(i)
+    return [[pairs[i] for i in group] for group in found]
+
+
 class _Bench:
     """What steering is measured on while a choice is made: all of it, or the first part of it."""
 
@@ -252,16 +263,21 @@ class _Bench:
         self.model, self.vector, self.at, self.measure, self.limit = model, vector, at, measure, limit
         options: dict[str, Any] = {"at": at, "chat": chat, "batch_tokens": batch_tokens}
         self.reference = Reference(model, prompts, tokens=tokens, variants=len(TRIED), **options)
-        split = _parted(pairs, _looked_at(model, pairs, chat)) if parts else [pairs]
+        split: list[Sequence[ContrastPair]] = [pairs]
+        looked = 1
+        if parts:
+            first, *rest = _parted(pairs, _looked_at(model, pairs, chat))
+            alike = _of_one_length(model, first, chat)
+            looked, split = len(alike), [*alike, *rest]
         self.preferences = [Preferences(model, part, **options) for part in split]
         self.others = [Preferences(model, others, **options) for others in leave.values()]
         # The first look is at the first tokens behind every prompt, and of as many completions as may be: texts differ
         # more in how much they are moved than tokens do, and where one token is steered, most of it shows at once.
-        self.glance, self.first, self.first_others = self.reference, self.preferences[0], self.others
+        self.glance, self.first, self.first_others = self.reference, self.preferences, self.others
         if parts and tokens > GLANCE:
             self.glance = self.reference.shortened(max(GLANCE, tokens // 6))
         if parts:
-            self.first = self.preferences[0].shortened(FIRST)
+            self.first = [one.shortened(FIRST) for one in self.preferences[:looked]]
             self.first_others = [others.shortened(FIRST) for others in self.others]
         self._longer: float | None = None
         self._slopes: dict[tuple[int, ...], float] = {}  # of log spent over log strength
@@ -272,7 +288,7 @@ class _Bench:
     def block_tokens(self) -> int:
         """Tokens times blocks that ran so far."""
         each: list[Reference | Preferences] = [self.reference, *self.preferences, *self.others]
-        each += [self.glance, self.first, *self.first_others]
+        each += [self.glance, *self.first, *self.first_others]
         return sum(one.block_tokens for one in {id(one): one for one in each}.values())
 
     def divergence(self, edits: Sequence[tuple[Site, Intervention]]) -> Divergence:
@@ -330,7 +346,7 @@ class _Bench:
         low, high = np.log(np.maximum(seen, 1e-12))
         self._slopes[tuple(relative)] = float(np.clip((high - low) / np.log(TRIED[1] / TRIED[0]), 0.7, 2.0))
         factor = _crossing(TRIED, [self._whole(spent) for spent in seen], self.limit)
-        return factor, _net(self.edits(relative, factor), [self.first], self.first_others)
+        return factor, _net(self.edits(relative, factor), self.first, self.first_others)
 
     def corrected(self, relative: Mapping[int, float], factor: float, effect: float) -> tuple[float, float]:
         """The same two, once all neutral text has said what the factor really spends."""
@@ -339,7 +355,7 @@ class _Bench:
             return factor, effect
         step = (self.limit / spent) ** (1 / self._slopes[tuple(relative)])
         factor = min(factor * float(np.clip(step, 0.5, 2.0)), STRONGEST / max(relative.values()))
-        return factor, _net(self.edits(relative, factor), [self.first], self.first_others)
+        return factor, _net(self.edits(relative, factor), self.first, self.first_others)
 
     def promising(self, guesses: dict[int, tuple[float, float]], count: int) -> list[int]:
         """The layers that are worth measuring on everything, the best first; what is guessed of them is corrected.

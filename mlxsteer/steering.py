@@ -438,12 +438,22 @@ _CALLER = 5
 """The stack level of whoever called the model, seen from `SteeringState.begin`."""
 
 
-def _mlx_lm_calls() -> bool:
-    """Whether it was one of mlx-lm's generators that called the model which is running."""
+def stage() -> str | None:
+    """What mlx-lm's generators are doing with the model that is running.
+
+    Returns:
+        ``"prompt"`` where they feed a prompt, all of it but its last token; ``"step"`` where they feed the token that
+        the next one follows; None where it isn't one of them that called the model.
+    """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and str(frame.f_globals.get("__name__")).split(".")[0] == "mlxsteer":
         frame = frame.f_back
-    return frame is not None and frame.f_globals.get("__name__") == "mlx_lm.generate"
+    found = None
+    while frame is not None and frame.f_globals.get("__name__") == "mlx_lm.generate":
+        if frame.f_code.co_name == "_step":
+            return "step"
+        found, frame = "prompt", frame.f_back
+    return found
 
 
 class SteeringState:
@@ -504,7 +514,7 @@ class SteeringState:
         for row in self.rows:
             if row.told or not row.begun or row.prompt.mixed:
                 continue
-            if not _mlx_lm_calls():
+            if stage() is None:
                 row.prompt = Prompt(mixed=True)  # other loops may cut a prompt, and read their cache, as they like
             elif not row.read:
                 # mlx-lm reads the state after each chunk of a prompt, and never in decoding. A forward that follows one

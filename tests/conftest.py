@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import mlx.core as mx
 import pytest
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlxsteer import InterpretableModel
 
@@ -14,6 +15,15 @@ from mlxsteer import InterpretableModel
 @pytest.fixture(scope="session")
 def pocket() -> InterpretableModel:
     return InterpretableModel("pocket")
+
+
+@pytest.fixture(scope="session")
+def tokenizer(pocket: InterpretableModel) -> TokenizerWrapper:
+    """The bundled model's, but it never ends a text, so that every run has the length asked for."""
+    assert pocket.tokenizer is not None
+    endless = TokenizerWrapper(pocket.tokenizer._tokenizer)
+    endless._eos_token_ids = {10**6}
+    return endless
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -30,15 +30,6 @@ AWKWARD = [-0.0, 0.0, 0.0, 0.0, 1e-7, 6e4, float("inf"), float("nan")]  # added 
 
 
 @pytest.fixture(scope="module")
-def tokenizer(pocket: InterpretableModel) -> TokenizerWrapper:
-    """A tokenizer that never ends a text, so that every run has the length asked for."""
-    assert pocket.tokenizer is not None
-    endless = TokenizerWrapper(pocket.tokenizer._tokenizer)
-    endless._eos_token_ids = {10**6}
-    return endless
-
-
-@pytest.fixture(scope="module")
 def llama(tokenizer: TokenizerWrapper) -> InterpretableModel:
     return InterpretableModel(tiny.build("llama", **SMALL), tokenizer)
 

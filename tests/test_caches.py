@@ -30,14 +30,6 @@ LAYER = 2
 SITE = f"layers.{LAYER}"
 
 
-@pytest.fixture(scope="module")
-def tokenizer(pocket: InterpretableModel) -> TokenizerWrapper:
-    assert pocket.tokenizer is not None
-    endless = TokenizerWrapper(pocket.tokenizer._tokenizer)
-    endless._eos_token_ids = {10**6}
-    return endless
-
-
 @pytest.fixture(params=["llama", "gpt2", "mamba2", "gemma3_text"], scope="module")
 def model(request: pytest.FixtureRequest, tokenizer: TokenizerWrapper) -> InterpretableModel:
     return InterpretableModel(tiny.build(request.param), tokenizer)

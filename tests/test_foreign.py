@@ -22,15 +22,6 @@ PROMPT, MADE = [5, 6, 7, 8, 9], [20, 21, 22]
 KEY = "layers.1"
 
 
-@pytest.fixture(scope="module")
-def tokenizer(pocket: InterpretableModel) -> TokenizerWrapper:
-    """A tokenizer that never ends a text, so that every run has the length asked for."""
-    assert pocket.tokenizer is not None
-    endless = TokenizerWrapper(pocket.tokenizer._tokenizer)
-    endless._eos_token_ids = {10**6}
-    return endless
-
-
 @pytest.fixture(params=["llama", "mamba2"], scope="module")
 def model(request: pytest.FixtureRequest, tokenizer: TokenizerWrapper) -> InterpretableModel:
     return InterpretableModel(tiny.build(request.param), tokenizer)
@@ -170,6 +161,116 @@ def test_prompts_of_a_batch_are_known_by_what_is_fed(
     with llama.steer(add(at), prompt_tokens=prompts):
         found = mlx_lm.batch_generate(llama.model, tokenizer, prompts, max_tokens=4, return_token_ids=True)
     assert found.token_ids == [llama.generate(prompt, add(at), max_tokens=4).tokens for prompt in prompts]
+
+
+@pytest.mark.parametrize("at", ["prompt", "generated", "last", -1], ids=str)
+@pytest.mark.parametrize(
+    ("prompts", "options"),
+    [
+        ([[5, 6], *([10 + i, 11] for i in range(7)), [5], [5, 7]], {}),  # more than are taken on together
+        ([[5, 6], [5]], {"prefill_batch_size": 1}),
+        ([[5, 6, 7], [5]], {"prefill_step_size": 1}),
+        ([[7, 6], [7, 6, 6, 5], [7, 6], [6, 5, 6], [7]], {"prefill_step_size": 3, "prefill_batch_size": 2}),
+    ],
+    ids=["many", "one by one", "token by token", "prefixes"],
+)
+def test_a_prompt_of_one_token_and_a_chunk_of_one_are_told_apart(
+    llama: InterpretableModel, tokenizer: TokenizerWrapper, prompts: list[list[int]], options: dict[str, int], at: Any
+) -> None:
+    with llama.steer(add(at), prompt_tokens=prompts):
+        found = mlx_lm.batch_generate(llama.model, tokenizer, prompts, max_tokens=4, return_token_ids=True,
+                                      return_prompt_caches=True, **options)  # fmt: skip
+    assert [cache[0].steering_state.rows[0].prompt.tokens for cache in found.caches] == prompts
+    assert found.token_ids == [llama.generate(prompt, add(at), max_tokens=4).tokens for prompt in prompts]
+
+
+TURNS = [
+    ([5, 6], [5, 6], 2048), ([5, 6, 7], [6, 7], 2048), ([5, 6, 7], [7], 2048), ([5], [5], 2048),
+    ([5, 6, 7], [5, 6, 7], 1), ([5, 6, 7], [8, 9, 10], 2048),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("at", ["prompt", "generated", "last"])
+@pytest.mark.parametrize(("first", "second", "step"), TURNS, ids=str)
+@pytest.mark.parametrize("together", [True, False], ids=["one block", "two blocks"])
+def test_a_second_turn_is_a_prompt_again(
+    llama: InterpretableModel, first: list[int], second: list[int], step: int, at: str, together: bool
+) -> None:
+    """In one block a prompt of one token can't be told from what was generated."""
+    if together and len(second) == 1:
+        return
+    cache, own = make_prompt_cache(llama.model), make_prompt_cache(llama.model)
+    turns = [first, second]
+    blocks = [(turns, turns)] if together else [([turn], turn) for turn in turns]
+    for run, told in blocks:
+        with llama.steer(add(at), prompt_tokens=told):
+            for turn in run:
+                pieces = list(
+                    mlx_lm.stream_generate(
+                        llama.model, llama.tokenizer, turn, max_tokens=3, prompt_cache=cache, prefill_step_size=step
+                    )
+                )
+    expected = [list(llama.stream(turn, add(at), max_tokens=3, prompt_cache=own)) for turn in turns][1]
+    assert all(mx.allclose(a.logprobs, b.logprobs, atol=1e-4) for a, b in zip(pieces, expected, strict=True))
+
+
+def test_a_span_stays_open_through_the_turns(llama: InterpretableModel) -> None:
+    steer, turns = add("all", exclude=((6,), (94,))), [[5, 6, 7], [8, 9]]  # it opens at 6, and never closes
+    own, foreign = make_prompt_cache(llama.model), make_prompt_cache(llama.model)
+    made: list[int] = []
+    for turn in turns:
+        found = llama.generate(turn, steer, max_tokens=2, prompt_cache=own, logprobs=True)
+        with llama.steer(steer, prompt_tokens=turn):
+            pieces = list(
+                mlx_lm.stream_generate(llama.model, llama.tokenizer, turn, max_tokens=2, prompt_cache=foreign)
+            )
+        made += [*turn, *found.tokens]
+    assert not any(found.touched)
+    with llama.trace(made[:-2], steer):
+        expected = llama.output[0, -1] - mx.logsumexp(llama.output[0, -1])
+    assert abs(found.logprobs[0].item() - expected[found.tokens[0]].item()) <= 1e-4
+    assert mx.allclose(pieces[0].logprobs, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("told", "said"),
+    [
+        ([5, 6, 7], "tells of 3 tokens, and the prompt that runs has more"),
+        (3, "tells of 3 tokens, and the prompt that runs has more"),
+        ([5, 6, 7, 8, 9, 1], "tells of 6 tokens, and the prompt that runs has 5"),
+        (50, "tells of 50 tokens, and the prompt that runs has 5"),
+        ([5, 6, 1, 1, 1], "fed the tokens"),
+    ],
+)
+def test_a_prompt_that_is_told_wrong_is_found_out_and_the_cache_stays_usable(
+    model: InterpretableModel, told: Any, said: str
+) -> None:
+    cache = make_prompt_cache(model.model)
+    with pytest.raises(ValueError, match=said), model.steer(add("last"), prompt_tokens=told):
+        list(
+            mlx_lm.stream_generate(
+                model.model, model.tokenizer, PROMPT, max_tokens=2, prefill_step_size=2, prompt_cache=cache
+            )
+        )
+    cache = make_prompt_cache(model.model)
+    with pytest.raises(ValueError, match="fed the tokens"), model.steer(add("last"), prompt_tokens=[1, 2]):
+        list(mlx_lm.stream_generate(model.model, model.tokenizer, PROMPT, max_tokens=2, prompt_cache=cache))
+    assert model.generate(PROMPT, max_tokens=3, prompt_cache=cache) == model.generate(PROMPT, max_tokens=3)
+
+
+def test_a_forward_without_a_cache_is_held_against_what_was_told_too(llama: InterpretableModel) -> None:
+    for told, ids in (([5, 6, 7], [[9] * 5]), ([5, 6, 7], [[5, 6]]), ([[5, 6, 7], [8, 9]], [[8, 9, 1], [5, 6, 7]])):
+        with pytest.raises(ValueError, match="fed the tokens"), llama.steer(add("last"), prompt_tokens=told):
+            llama.model(mx.array(ids))
+
+
+def test_a_steering_enabled_anew_is_asked_anew(llama: InterpretableModel) -> None:
+    steering = llama.steer(add([3])).enable()
+    mlx_lm.generate(llama.model, llama.tokenizer, PROMPT, max_tokens=2)
+    steering.disable()
+    steering.enable()
+    with pytest.warns(UserWarning, match="no forward of this model ran"):
+        steering.disable()
 
 
 # -- caches --------------------------------------------------------------------------------------------------------

@@ -42,15 +42,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::mlxsteer.NothingTouched")
 _built: dict[str, InterpretableModel] = {}
 
 
-@pytest.fixture(scope="module")
-def tokenizer(pocket: InterpretableModel) -> TokenizerWrapper:
-    """A tokenizer that never ends a text, so that every run has the length asked for."""
-    assert pocket.tokenizer is not None
-    endless = TokenizerWrapper(pocket.tokenizer._tokenizer)
-    endless._eos_token_ids = {10**6}
-    return endless
-
-
 def built(name: str, tokenizer: TokenizerWrapper) -> InterpretableModel:
     if name not in _built:
         inner = {"text_config": tiny.CONFIGS["gemma3"]["text_config"] | SMALL}

@@ -39,15 +39,6 @@ FORMS: dict[str, tuple[Any, Callable[[int], float]]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def tokenizer(pocket: InterpretableModel) -> TokenizerWrapper:
-    """A tokenizer that never ends a text, so that every run has the length asked for."""
-    assert pocket.tokenizer is not None
-    endless = TokenizerWrapper(pocket.tokenizer._tokenizer)
-    endless._eos_token_ids = {10**6}
-    return endless
-
-
 @pytest.fixture(params=["llama", "gemma3_text", "gpt2", "mamba2"], scope="module")
 def model(request: pytest.FixtureRequest, tokenizer: TokenizerWrapper) -> InterpretableModel:
     return InterpretableModel(tiny.build(request.param), tokenizer)

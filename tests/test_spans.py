@@ -36,15 +36,6 @@ MADE = [1, 0, 5, 7, 2, 3, 6, 7, 1, 2, 1, 9]  # what is open when the prompt ends
 hypothesis_settings = settings(max_examples=40, deadline=None, derandomize=True)
 
 
-@pytest.fixture(scope="module")
-def tokenizer(pocket: InterpretableModel) -> TokenizerWrapper:
-    """A tokenizer that never ends a text, so that every run has the length asked for."""
-    assert pocket.tokenizer is not None
-    endless = TokenizerWrapper(pocket.tokenizer._tokenizer)
-    endless._eos_token_ids = {10**6}
-    return endless
-
-
 @pytest.fixture(params=["llama", "gemma3_text", "mamba2"], scope="module")
 def model(request: pytest.FixtureRequest, tokenizer: TokenizerWrapper) -> InterpretableModel:
     return InterpretableModel(tiny.build(request.param, **SMALL), tokenizer)
@@ -360,22 +351,27 @@ def test_sweeps_and_measures_see_markers_before_the_first_edited_token(llama: In
 # -- caches ------------------------------------------------------------------------------------------------------------
 
 
-def test_what_a_cache_holds_already_is_not_looked_at(llama: InterpretableModel) -> None:
-    """A second turn through `generate` begins outside a span; a loop of one's own goes on in the one that is open."""
+@pytest.mark.parametrize("own", [True, False], ids=["generate", "a loop of one's own"])
+def test_a_span_that_is_open_goes_on_in_the_next_turn(llama: InterpretableModel, own: bool) -> None:
     steer, first, second = {KEY: iv.add_vector(W, exclude=(OPEN, CLOSE))}, [9, 5, 7, 8], [7, 6, 8, 9]
-    cache = make_prompt_cache(llama.model)
-    for _ in llama.stream(first, steer, max_tokens=2, sampler=forced([8, 9]), prompt_cache=cache):
-        pass
-    pieces = llama.stream(second, steer, max_tokens=2, sampler=forced([8, 9]), prompt_cache=cache)
-    mask = np.array([True, *[False] * 5, *[True] * 6])
-    whole = [*first, 8, 9, *second]
-    assert distance([p.logprobs for p in pieces], steps_by_hand(llama.model, whole, [8, 9], mask)) <= 1e-4
-    cache = make_prompt_cache(llama.model)
+    cache, mask, whole = make_prompt_cache(llama.model), np.array([True, *[False] * 7, *[True] * 4]), [*first, 8, 9]
+    whole += second
+    if own:
+        for _ in llama.stream(first, steer, max_tokens=2, sampler=forced([8, 9]), prompt_cache=cache):
+            pass
+        pieces = llama.stream(second, steer, max_tokens=2, sampler=forced([8, 9]), prompt_cache=cache)
+        assert distance([p.logprobs for p in pieces], steps_by_hand(llama.model, whole, [8, 9], mask)) <= 1e-4
+        return
     with llama.steer(steer):
         mx.eval(llama.model(mx.array([[*first, 8, 9]]), cache=cache))
         found = logprobs(llama.model(mx.array([second]), cache=cache)[0, -1])
-    mask = np.array([True, *[False] * 7, *[True] * 4])
     assert distance([found], steps_by_hand(llama.model, whole, [8], mask)) <= 1e-4
+
+
+def test_what_a_clean_cache_holds_is_not_looked_at(llama: InterpretableModel) -> None:
+    steer, cache = {KEY: iv.add_vector(W, exclude=(OPEN, CLOSE))}, ms.fill_prompt_cache(llama, [9, 5, 7])
+    found = llama.generate([8, 7], steer, max_tokens=1, prompt_cache=cache)
+    assert list(found.touched) == [True, True, True]
 
 
 def test_a_trimmed_cache_goes_back_or_says_that_it_can_not(llama: InterpretableModel) -> None:

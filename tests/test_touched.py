@@ -31,15 +31,6 @@ SMALL = {"num_hidden_layers": 3}
 
 
 @pytest.fixture(scope="module")
-def tokenizer(pocket: InterpretableModel) -> TokenizerWrapper:
-    """A tokenizer that never ends a text, so that every run has the length asked for."""
-    assert pocket.tokenizer is not None
-    endless = TokenizerWrapper(pocket.tokenizer._tokenizer)
-    endless._eos_token_ids = {10**6}
-    return endless
-
-
-@pytest.fixture(scope="module")
 def llama(tokenizer: TokenizerWrapper) -> InterpretableModel:
     return InterpretableModel(tiny.build("llama", **SMALL), tokenizer)
 
@@ -228,6 +219,8 @@ def test_a_pickle_and_a_copy_keep_the_marks_and_leave_the_model(llama: Interpret
 def test_of_a_text_that_goes_on_from_a_cache_the_same_is_known(llama: InterpretableModel, filled: str) -> None:
     """Where the tokens in the cache are known, and the strengths stayed as they were; with spans and gates too."""
     gate = iv.when(iv.projection(V) > -1e6, iv.add_vector(W, at="last"))
+    if filled == "steered":  # under another prompt, of which such a gate asks
+        gate = iv.when(iv.projection(V) > -1e6, iv.add_vector(W, at=[*range(4), *range(13, 99)]), per="token")
     steer = {KEY: iv.add_vector(W, exclude=((5,), (77,))), "layers.2": gate}
     cache, begun, told = make_prompt_cache(llama.model), list(PROMPT), {}
     if filled == "steered":
@@ -270,6 +263,16 @@ def test_what_cannot_be_known_is_said_and_shown_without(llama: InterpretableMode
     assert varied.touched[len(PROMPT) - 1]
     with pytest.raises(ValueError, match="a strength was changed while the text was made"):
         varied.touched.amount  # noqa: B018
+
+
+def test_under_which_prompts_earlier_turns_ran_is_not_known(llama: InterpretableModel) -> None:
+    for edit in (iv.add_vector(W, at="last"), iv.add_vector(W, schedule=iv.decay(3)), iv.add_vector(W, at=-1)):
+        cache = make_prompt_cache(llama.model)
+        llama.generate(PROMPT, {KEY: edit}, max_tokens=2, prompt_cache=cache)
+        made = llama.generate([5, 6], {KEY: edit}, max_tokens=2, prompt_cache=cache)
+        assert made.touched[1]
+        with pytest.raises(ValueError, match="steered under prompts of their own"):
+            made.touched.amount  # noqa: B018
 
 
 @pytest.mark.parametrize(

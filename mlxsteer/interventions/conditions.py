@@ -224,7 +224,8 @@ class inside(Condition):  # noqa: N801 - reads as a word: when(~inside("<think>"
     """Tokens between two markers, such as a model's thinking or a tool call; prompt and generated ones alike.
 
     The markers belong to the span; one of several tokens counts from its last token on. A span ends at the first
-    closing marker; one that is never closed goes on. Tokens that a prompt cache holds already aren't looked at.
+    closing marker; one that is never closed goes on. Tokens that a prompt cache was filled with unsteered aren't looked
+    at.
 
     Args:
         opening: the text that opens a span, best one special token; or its token ids.
