@@ -26,7 +26,8 @@ from rich.table import Table
 from rich.text import Text
 
 from mlxsteer.decoding import Decoder, Job
-from mlxsteer.generation import Generation, processors_of, sampling_of
+from mlxsteer.generation import Generation
+from mlxsteer.generation_options import processors_of, sampling_of
 from mlxsteer.interventions.base import whole
 from mlxsteer.interventions.files import as_json
 from mlxsteer.model import InterpretableModel

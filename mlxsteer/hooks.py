@@ -25,9 +25,10 @@ from mlxsteer.banks import Bank, banked
 from mlxsteer.interventions.base import Intervention, Where, settled
 from mlxsteer.interventions.gates import looks_back
 from mlxsteer.plans import MISSING, Hook, NeverFired, Plan, Stopped
-from mlxsteer.positions import PositionError, Prompt, Tokens, ToldPrompts, next_turn
+from mlxsteer.positions import PositionError, Prompt, Tokens, next_turn
 from mlxsteer.sites import Site
-from mlxsteer.steering import Row, SteeredCacheError, Steering, SteeringState, carrier, fresh_rows, opened, ride, stage
+from mlxsteer.steering import Row, SteeredCacheError, Steering, SteeringState, carrier, fresh_rows, opened, ride
+from mlxsteer.told import ToldPrompts, stage
 
 # -- which plans are active ----------------------------------------------------------------------------------------
 
@@ -414,11 +415,10 @@ class Forward:
             behind = row.prompt.length is not None and row.seen >= row.prompt.length
             # a step behind the prompt feeds what was generated, for which a look would wait
             fed = state.fed(index, inputs) if new or not behind or doing == "prompt" or inputs.shape[1] > 1 else None
-            again = not new and behind and row.prompt.told is not None and told.begins_anew(fed, doing)
-            goes_on = (
-                row.told and before is not None and told.goes_on(row.prompt, row.seen, fed, doing) if new else not again
-            )
-            if not goes_on:
+            again = behind and row.prompt.told is not None and told.begins_anew(fed, doing)
+            if new:
+                again = before is None or not row.told or not told.goes_on(row.prompt, row.seen, fed, doing)
+            if again:
                 padded = state.padding(index) > 0
                 row.prompt, row.told = told.next(row.seen, row.known(), fed, doing, padded), True
                 state.told(index)

@@ -23,14 +23,16 @@ from mlx_lm.generate import GenerationResponse
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlxsteer import generation, pocket
+from mlxsteer.generation_options import checked_options, limits_of, sampler_of
 from mlxsteer.hooks import attached, copying, disable, enable, new_owner, residents, settle
 from mlxsteer.interventions.base import whole
 from mlxsteer.interventions.routes import route
 from mlxsteer.places import Places, Writing
 from mlxsteer.plans import NeverFired, Plan
-from mlxsteer.positions import ToldPrompts, is_whole
+from mlxsteer.positions import is_whole
 from mlxsteer.sites import SiteMap
 from mlxsteer.steering import Steering
+from mlxsteer.told import ToldPrompts
 from mlxsteer.trace import Recording, Trace, innermost
 
 if TYPE_CHECKING:
@@ -486,12 +488,10 @@ class InterpretableModel:
         """
         tokenizer = self._needed_tokenizer("generation")
         prompts, many = self._encode_many(prompt)
-        options = generation.checked_options(options, batch=many)
-        options |= {"max_tokens": generation.limits_of(max_tokens, len(prompts) if many else None)}
+        options = checked_options(options, batch=many)
+        options |= {"max_tokens": limits_of(max_tokens, len(prompts) if many else None)}
         steerings = self._row_steerings(interventions, prompts, prompt if many else [prompt])
-        options["sampler"] = generation.sampler_of(
-            sampler, seed, {"temp": temp, "top_p": top_p, "top_k": top_k, "min_p": min_p}
-        )
+        options["sampler"] = sampler_of(sampler, seed, {"temp": temp, "top_p": top_p, "top_k": top_k, "min_p": min_p})
         options["logprobs"] = logprobs
         if many:
             return generation.generate_batch(self._sites, tokenizer, prompts, steerings, **options)
@@ -522,11 +522,11 @@ class InterpretableModel:
         prompts, many = self._encode_many(prompt)
         if many:
             raise ValueError("stream takes one prompt; generate([...]) runs several as a batch.")
-        options = generation.checked_options(options, batch=False)
-        options["max_tokens"] = generation.limits_of(max_tokens)
+        options = checked_options(options, batch=False)
+        options["max_tokens"] = limits_of(max_tokens)
         steering = self._row_steerings(interventions, prompts, [prompt])[0]
         knobs = {"temp": temp, "top_p": top_p, "top_k": top_k, "min_p": min_p}
-        options["sampler"] = generation.sampler_of(sampler, seed, knobs)
+        options["sampler"] = sampler_of(sampler, seed, knobs)
         return generation.stream(self._sites, tokenizer, prompts[0], steering, **options)
 
     def _row_steerings(

@@ -10,9 +10,10 @@ from typing import Any, TypeAlias
 import mlx.nn as nn
 
 from mlxsteer.interventions.base import Intervention
-from mlxsteer.positions import Tokens, ToldPrompts
+from mlxsteer.positions import Tokens
 from mlxsteer.sites import Site, SiteMap
 from mlxsteer.steering import Steering
+from mlxsteer.told import ToldPrompts
 
 
 class NeverFired(RuntimeError):

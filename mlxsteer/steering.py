@@ -11,24 +11,21 @@ from __future__ import annotations
 
 import copy
 import functools
-import hashlib
-import json
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
-from types import FrameType
 from typing import Any, TypeAlias
 
 import mlx.core as mx
-import numpy as np
 
-from mlxsteer.interventions.base import Intervention, as_intervention, likeness, number, settled
+from mlxsteer.interventions.base import Intervention, as_intervention, digest, likeness, number, settled
 from mlxsteer.interventions.gates import Keep, When, gates
 from mlxsteer.interventions.routes import route
 from mlxsteer.positions import Position, PositionError, Prompt, Tokens, forget, rewind
 from mlxsteer.sites import Site, SiteMap
+from mlxsteer.told import stage
 
 
 class SteeredCacheError(ValueError):
@@ -238,17 +235,14 @@ def _times(own: PartStrength, multiplier: float) -> PartStrength:
 
 
 def _kind(intervention: Intervention) -> str:
-    """The fingerprint of what an intervention does, whatever its strength; with it where it can't be data."""
+    """The fingerprint of what an intervention does, whatever its strength."""
     try:
         spec, tensors = intervention.to_spec()
     except ValueError:
         return f"unsaved-{type(intervention).__qualname__}({', '.join(_likeness(intervention))})"
     used: list[str] = []
-    digest = hashlib.sha256(json.dumps(_without_strength(spec, used), sort_keys=True).encode())
-    for name in sorted(used):
-        digest.update(f"{name} {tensors[name].shape}".encode())
-        digest.update(np.array(tensors[name].astype(mx.float32)).tobytes())
-    return digest.hexdigest()[:16]
+    spec = _without_strength(spec, used)
+    return digest(spec, {name: tensors[name] for name in used})
 
 
 def _likeness(intervention: Intervention) -> Iterator[str]:
@@ -436,24 +430,6 @@ def _arrays(memory: Mapping[Any, Any]) -> Iterator[mx.array]:
 
 _CALLER = 5
 """The stack level of whoever called the model, seen from `SteeringState.begin`."""
-
-
-def stage() -> str | None:
-    """What mlx-lm's generators are doing with the model that is running.
-
-    Returns:
-        ``"prompt"`` where they feed a prompt, all of it but its last token; ``"step"`` where they feed the token that
-        the next one follows; None where it isn't one of them that called the model.
-    """
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and str(frame.f_globals.get("__name__")).split(".")[0] == "mlxsteer":
-        frame = frame.f_back
-    found = None
-    while frame is not None and frame.f_globals.get("__name__") == "mlx_lm.generate":
-        if frame.f_code.co_name == "_step":
-            return "step"
-        found, frame = "prompt", frame.f_back
-    return found
 
 
 class SteeringState:

@@ -27,7 +27,7 @@ from mlxsteer.measures.divergence import edits_of, log_likelihood
 from mlxsteer.measures.effect import rank_correlation
 from mlxsteer.pairs import in_split
 from mlxsteer.positions import Position
-from mlxsteer.reading import Text
+from mlxsteer.reading import Text, encode_side
 
 PROMPTS = ["the food was", "a", "we go."]
 TOKENS = 3
@@ -615,3 +615,30 @@ def test_rank_correlation_of_the_plain_cases() -> None:
     assert np.isnan(rank_correlation([1], [2]))
     with pytest.raises(ValueError, match="of two lists of one length, not of 2 and 3 numbers"):
         rank_correlation([1, 2], [1, 2, 3])
+
+
+@pytest.mark.parametrize("at", [-1, "all"])
+@pytest.mark.parametrize("name", ["llama", "mamba2"])  # one is replayed, the other isn't
+def test_a_look_at_the_first_tokens_is_that_of_all_as_far_as_it_goes(name: str, at: Any) -> None:
+    model = tiny_model(name)
+    edits = [(model._sites.resolve("layers.1"), iv.add_vector(V, at=at))]
+    reference = Reference(model, ["the food was"], tokens=6, at=at)
+    short = reference.shortened(2)
+    every = reference.per_token(edits)
+    np.testing.assert_allclose(short.per_token(edits), every[:2], rtol=1e-4, atol=1e-6)
+    assert len(every) > 2
+    assert short.block_tokens < reference.block_tokens
+    pairs = [ContrastPair("the food was", " so good we go.", " bad."), ContrastPair("we", " go", " the food was.")]
+    look = Preferences(model, pairs, at=at).shortened(2)
+    for found, steer in ((look.base, None), (look.under(edits), {"layers.1": edits[0][1]})):
+        expected = []
+        for pair in pairs:
+            sums = []
+            for side in ("positive", "negative"):
+                tokens, prompt = encode_side(model, pair, side)
+                with model.trace(tokens, interventions=steer, prompt_tokens=prompt):
+                    logits = np.array(model.output[0], np.float64)
+                logs = logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
+                sums.append(sum(logs[i - 1, tokens[i]] for i in range(prompt, min(prompt + 2, len(tokens)))))
+            expected.append(sums[0] - sums[1])
+        np.testing.assert_allclose(found, expected, atol=1e-4)

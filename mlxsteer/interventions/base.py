@@ -388,7 +388,7 @@ class Intervention:
 
     def _hash(self) -> str:
         try:
-            return _digest(*self.to_spec())
+            return digest(*self.to_spec())
         except ValueError:
             return f"unsaved-{type(self).__module__}.{type(self).__qualname__}({', '.join(self._contents())})"
 
@@ -404,13 +404,13 @@ def likeness(value: Any) -> str:
 
     tensors: dict[str, mx.array] = {}
     try:
-        return _digest(encode(value, tensors), tensors)
+        return digest(encode(value, tensors), tensors)
     except ValueError:
         function = getattr(value, "value", getattr(value, "function", value))
         return f"{type(value).__name__} {id(function):x}"
 
 
-def _digest(spec: Any, tensors: dict[str, mx.array]) -> str:
+def digest(spec: Any, tensors: dict[str, mx.array]) -> str:
     digest = hashlib.sha256(json.dumps(spec, sort_keys=True).encode())
     for name in sorted(tensors):
         digest.update(f"{name} {tensors[name].shape}".encode())
