@@ -7,6 +7,7 @@ import hashlib
 import json
 import numbers
 import random
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, SupportsIndex, overload
@@ -89,6 +90,7 @@ class ContrastPair:
         chat: the prompt is a user's message, and the completions are the answers of a chat model. With an empty prompt
             the completions are two messages of a user, and what they differ in is read before any answer.
         messages: a whole conversation in place of the prompt, as dicts with `role` and `content`.
+        group: which part of a set that holds several behaviours, such as a topic or a task; None where it is one.
     """
 
     prompt: str = ""
@@ -97,6 +99,7 @@ class ContrastPair:
     split: str | None = None
     chat: bool = False
     messages: tuple[dict[str, str], ...] = field(default=(), hash=False)  # dicts have no hash
+    group: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("prompt", "positive", "negative"):
@@ -120,6 +123,10 @@ class ContrastPair:
             raise ValueError("a contrast pair of a chat has two answers (or two messages), and one is empty.")
         if self.split is not None:
             _check_split(self.split)
+        if not isinstance(self.group, str | None):
+            raise TypeError(f"a contrast pair's group is a text such as 'ocean', not {self.group!r:.80}.")
+        if self.group == "":
+            raise ValueError("a contrast pair's group is empty: give None where it is in none.")
 
 
 def _is_conversation(messages: Any) -> bool:
@@ -288,6 +295,11 @@ class PairSet(list[ContrastPair]):
         return {split: count for split, count in counts.items() if count}
 
     @property
+    def groups(self) -> dict[str, int]:
+        """How many pairs each group has, as group → count, in order of appearance; empty where no pair names one."""
+        return dict(Counter(pair.group for pair in self if pair.group is not None))
+
+    @property
     def fingerprint(self) -> str:
         """16 hexadecimal digits of the SHA-256 of what the pairs say, whatever their order, their splits and the name
         of the set."""
@@ -305,6 +317,19 @@ class PairSet(list[ContrastPair]):
         """
         _check_split(name)
         return PairSet(in_split(self, name), name=self.name)
+
+    def group(self, name: str) -> PairSet:
+        """The pairs of one group, such as those of one topic; the set's name is then ``"topic: ocean"``.
+
+        Raises:
+            ValueError: no pair is in such a group.
+        """
+        chosen = [pair for pair in self if pair.group is not None and pair.group == name]
+        if not chosen:
+            there = self.groups
+            end = nearest(name, there, "groups") if there else "No pair of this set names a group."
+            raise ValueError(f"no pair is in the group {name!r}. {end}")
+        return PairSet(chosen, name=f"{self.name}: {name}" if self.name else name)
 
     def with_splits(
         self, train: float | None = None, choose: float | None = None, report: float | None = None, seed: int = 0

@@ -576,3 +576,26 @@ def test_what_splits_share_is_counted() -> None:
     assert shared_by_splits(apart) == (0, 0)
     assert shared_by_splits([*apart, pair("A ", " z", "report")]) == (0, 3)
     assert shared_by_splits([*apart, pair("A", " X", "report")]) == (2, 1)
+
+
+def test_groups_divide_a_set() -> None:
+    rows = [
+        ContrastPair("p", "a", "b", group="ocean"),
+        ContrastPair("q", "a", "b", group="farm"),
+        ContrastPair("r", "a", "b"),
+    ]
+    pairs = PairSet([*rows, replace(rows[0], prompt="s")], name="topic")
+    assert pairs.groups == {"ocean": 2, "farm": 1}
+    assert pairs.group("ocean") == [pairs[0], pairs[3]]
+    assert pairs.group("ocean").name == "topic: ocean"
+    assert PairSet(rows).group("farm").name == "farm"
+    assert PairSet(rows[2:]).groups == {}
+    assert pairs.with_splits(train=0.5, choose=0, report=0.5).groups == pairs.groups
+    with pytest.raises(ValueError, match=r"no pair is in the group 'ocaen'\. Nearest: ocean\."):
+        pairs.group("ocaen")
+    with pytest.raises(ValueError, match=r"group 'ocean'\. No pair of this set names a group\."):
+        PairSet(rows[2:]).group("ocean")
+    with pytest.raises(TypeError, match="group is a text such as 'ocean', not 3"):
+        ContrastPair("p", "a", "b", group=3)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="group is empty"):
+        ContrastPair("p", "a", "b", group="")

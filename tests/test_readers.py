@@ -519,3 +519,13 @@ def test_a_cell_of_a_spreadsheet_may_be_long(make: Make) -> None:
     before = csv.field_size_limit()
     assert read(make("p.csv", f"positive,negative\n{'a' * 200_000},b\n"))[0].positive == "a" * 200_000
     assert csv.field_size_limit() == before
+
+
+def test_groups_are_written_and_read(tmp_path: Path) -> None:
+    pairs = PairSet([ContrastPair("p", " a", " b", group="ocean"), ContrastPair("q", " a", " b")], name="x")
+    assert read(write(pairs, tmp_path / "x.jsonl")) == pairs
+    (tmp_path / "x.csv").write_text("prompt,positive,negative,group\np, a, b,ocean\nq, a, b,\n")
+    assert read(tmp_path / "x.csv") == pairs
+    (tmp_path / "y.jsonl").write_text('{"positive": "a", "negative": "b", "group": 3}\n')
+    with pytest.raises(ValueError, match=r"line 1: group is 3, not a text\."):
+        read(tmp_path / "y.jsonl")

