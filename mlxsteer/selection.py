@@ -224,10 +224,10 @@ def _parted(values: Sequence[Any], count: int) -> list[list[Any]]:
 
 
 def _looked_at(model: InterpretableModel, pairs: Sequence[ContrastPair], chat: bool) -> int:
-    """How many pairs a first look takes: their first tokens are a tenth of all there are, and at least four pairs."""
+    """How many pairs a first look takes: their first tokens are a sixth of all there are, and at least six pairs."""
     texts = [encode_side(model, as_chat(pair) if chat else pair, "positive") for pair in pairs]
     lengths = np.array([len(tokens) - prompt for tokens, prompt in texts])
-    return max(4, int(len(pairs) * lengths.mean() / 10 / np.minimum(lengths, FIRST).mean()))
+    return max(6, int(len(pairs) * lengths.mean() / 6 / np.minimum(lengths, FIRST).mean()))
 
 
 def _of_one_length(model: InterpretableModel, pairs: Sequence[ContrastPair], chat: bool) -> list[list[ContrastPair]]:
