@@ -76,7 +76,7 @@ class InterpretableModel:
         >>> with model.trace("The food was") as trace:
         ...     pass
         >>> trace.activations["layers.5"].shape
-        (1, 5, 256)
+        (1, 4, 256)
     """
 
     def __init__(self, model: str | os.PathLike[str] | nn.Module, tokenizer: Any = None, **load: Any) -> None:

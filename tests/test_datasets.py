@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,8 +12,11 @@ import pytest
 import mlxsteer as ms
 from mlxsteer import ContrastPair
 from mlxsteer.pairs import SPLITS, in_split
+from mlxsteer.pocket import scorer
+from mlxsteer.pocket.grammar import SIDES, TOPICS
 
-SHIPPED = ["certainty", "formality", "pocket/certainty", "pocket/formality", "pocket/sentiment", "refusal", "sentiment"]
+POCKET = ["certainty", "formality", "refusal", "sentiment", "tasks", "topic"]
+SHIPPED = ["certainty", "formality", "refusal", "sentiment", *(f"pocket/{name}" for name in POCKET)]
 every_set = pytest.mark.parametrize("name", ms.datasets.available())
 
 
@@ -135,13 +140,39 @@ def test_without_splits_every_split_is_all_pairs_and_with_them_only_its_own() ->
 
 
 @every_set
-def test_every_set_for_real_models_has_a_card_and_a_hundred_pairs(name: str) -> None:
-    if name.startswith("pocket/"):
-        return
-    assert len(ms.datasets.load(name)) >= 100
-    card = ms.datasets.card(name)
+def test_every_set_has_its_numbers_on_its_card_and_pairs_enough(name: str) -> None:
+    pairs, card = ms.datasets.load(name), ms.datasets.card(name)
+    assert len(pairs) >= (200 if name.startswith("pocket/") else 100)
     assert card.startswith("#")
-    assert len(card.splitlines()) > 5
+    size = re.search(r"(\d+) pairs: train (\d+), choose (\d+), report (\d+)", card)
+    assert size, card
+    assert [int(number) for number in size.groups()] == [len(pairs), *(len(pairs.split(name)) for name in SPLITS)]
+
+
+@every_set
+def test_every_set_passes_its_own_checks(name: str) -> None:
+    assert ms.datasets.load(name).check().ok
+
+
+def test_topics_and_tasks_are_groups_of_their_sets() -> None:
+    topics, tasks = ms.datasets.load("pocket/topic"), ms.datasets.load("pocket/tasks")
+    assert set(topics.groups) == set(TOPICS)
+    assert len(tasks.groups) == 10
+    for pairs in (topics, tasks):
+        for group, count in pairs.groups.items():
+            assert len(pairs.group(group)) == count >= 16
+            assert set(pairs.group(group).splits) == set(SPLITS)
+    assert all(scorer.topic(pair.positive) == pair.group != scorer.topic(pair.negative) for pair in topics)
+    for pair in tasks:
+        word = pair.prompt.splitlines()[-1].removesuffix(" ->")
+        assert scorer.answer_is_right(pair.group or "", word, pair.positive)
+        assert not scorer.answer_is_right(pair.group or "", word, pair.negative)
+
+
+@pytest.mark.parametrize("behaviour", list(SIDES))
+def test_the_sides_of_the_bundled_sets_are_those_of_the_grammar(behaviour: str) -> None:
+    for pair in ms.datasets.load(f"pocket/{behaviour}"):
+        assert (scorer.side(behaviour, pair.positive), scorer.side(behaviour, pair.negative)) == SIDES[behaviour]
 
 
 def test_the_letters_of_two_option_sets_are_balanced_in_every_split() -> None:
@@ -151,8 +182,10 @@ def test_the_letters_of_two_option_sets_are_balanced_in_every_split() -> None:
             assert letters.count("(A)") == letters.count("(B)") == len(letters) / 2
 
 
-def test_a_set_without_a_card_says_so() -> None:
-    with pytest.raises(ValueError, match="has no card"):
-        ms.datasets.card("pocket/sentiment")
+def test_a_set_without_a_card_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own.jsonl").write_text('{"positive": "a", "negative": "b"}\n')
+    with monkeypatch.context() as patched, pytest.raises(ValueError, match="own has no card"):
+        patched.setattr(ms.datasets, "_FOLDER", tmp_path)
+        ms.datasets.card("own")
     with pytest.raises(ValueError, match="Nearest: sentiment"):
         ms.datasets.card("sentimant")

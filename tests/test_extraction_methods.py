@@ -669,7 +669,7 @@ def test_extraction_inside_a_steering_or_of_an_edited_model_is_steered(family: s
     np.testing.assert_array_equal(directions(extract(model, pairs)), directions(plain))
 
 
-@pytest.mark.parametrize("at", ["last", -12, after("to"), [2, 3]], ids=str)
+@pytest.mark.parametrize("at", ["last", -10, after("to"), [2, 3]], ids=str)
 def test_a_steering_is_told_each_sides_own_prompt(pocket: InterpretableModel, at: Any) -> None:
     """Where the sides are messages, they share a beginning and yet have prompts of their own."""
     pair = ContrastPair("", "Go to the city now.", "Go to the city now, and then to the sea too.", chat=True)
@@ -1051,7 +1051,7 @@ def test_held_out_pairs_of_every_behaviour_of_the_bundled_model_are_told_apart(
     assert found[6] >= 0.95
     if behaviour == "sentiment":
         listed = pocket.lens.tokens(vector[6], k=20)
-        praise, blame = {" loved", " enjoyed", " praised", " admired"}, {" worst", " headache", " hated", " awful"}
+        praise, blame = {" loved", " enjoyed", " praised", " admired"}, {" hated", " loathed", " despised", " awful"}
         assert len(praise & {token for token, _ in listed.boosted}) >= 2
         assert len(blame & {token for token, _ in listed.suppressed}) >= 1
         assert not praise & {token for token, _ in listed.suppressed}

@@ -221,7 +221,7 @@ def test_the_bundled_sentiment_vector_speaks_for_words_of_its_side(pocket: Inter
         assert roc_auc_score(list(words.values()), [shifts[token] for token in words]) > 0.75
     told = pocket.lens.tokens(vector[5], 25)
     good = {" enjoyed", " praised", " admired", " better", " happier", " loved", " smiled", " great", " wonderful"}
-    bad = {" worst", " worse", " zero", " mess", " Never", " bad", " awful", " headache", " avoid", " terrible"}
+    bad = {" hated", " despised", " loathed", " resented", " regretted", " dreadful", " unhappy", " awful", " terrible"}
     assert len(good & {token for token, _ in told.boosted}) >= 2
     assert len(bad & {token for token, _ in told.suppressed}) >= 2
     assert not bad & {token for token, _ in told.boosted}

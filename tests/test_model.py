@@ -115,7 +115,7 @@ def test_prompts_that_are_none_are_refused(pocket: InterpretableModel) -> None:
         pocket.trace([1.5, 2.5])
     with pytest.raises(ValueError, match="negative"):
         pocket.trace([1, -2])
-    with pytest.raises(ValueError, match="3072"):
+    with pytest.raises(ValueError, match="4096"):
         pocket.trace([1, 5000])
     bare = InterpretableModel(tiny.build("llama"))
     with pytest.raises(ValueError, match="without one; give token ids"):
@@ -159,7 +159,7 @@ def test_a_program_written_for_mlxterp_runs(pocket: InterpretableModel) -> None:
         inner = model.layers[middle].mlp.output.save()
     assert mx.array_equal(inner, trace.activations[f"layers.{middle}.mlp"])
     assert mx.array_equal(trace.activations[f"model.model.layers.{middle}"], trace.activations[f"layers.{middle}"])
-    assert trace.activations[f"layers.{middle}.self_attn.q_proj"].shape == (1, 5, 256)
+    assert trace.activations[f"layers.{middle}.self_attn.q_proj"].shape == (1, 4, 256)
     with model.trace("The food was", interventions={"layers.3": iv.compose().add(f).add(g).build()}):
         composed = model.output.save()
     with model.trace("The food was", interventions={"layers.3": [f, g]}):

@@ -1,6 +1,6 @@
 """Make the pocket model from nothing: tokenizer, corpus, training, 4-bit conversion, contrast pairs, evaluation, card.
 
-    python -m training                 # 4,000 steps, about 100 minutes on two free CPU cores
+    python -m training                 # 5,500 steps, about 250 CPU-minutes and 5 hours at most on two cores
     python -m training --minutes 5     # a quick try
     python -m training --device cuda   # on a GPU
 
@@ -21,13 +21,15 @@ def parse_arguments() -> argparse.Namespace:
     """The command line."""
     root = Path(__file__).resolve().parent.parent
     parser = argparse.ArgumentParser(prog="python -m training", description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, default=4_000, help="training steps of about 4,096 tokens")
+    parser.add_argument(
+        "--steps", type=int, default=5_500, help="training steps of about 2,700 tokens (4,096 with padding)"
+    )
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after so many minutes, if earlier")
     parser.add_argument("--out", type=Path, default=root / "training" / "run", help="working folder, kept out of git")
     parser.add_argument("--package", type=Path, default=root / "mlxsteer", help="where model and data sets are written")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--shards", type=int, default=13, help="million tokens of corpus")
+    parser.add_argument("--shards", type=int, default=16, help="million tokens of corpus")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--no-evaluation", action="store_true", help="stop after the conversion")
     return parser.parse_args()

@@ -122,7 +122,8 @@ def _side_bars(kind: str, result: dict) -> list[Bar]:
     )
     chat = result["chat"]
     before = f"{chat['unsteered first']:.2f} / {chat['unsteered second']:.2f}"
-    measured = f"{before} -> {chat['first']:.2f} / {chat['second']:.2f}, ratio {chat['ratio']:.2f}"
+    place = f"ratio {chat['ratio']:.2f} (layer {chat['layer']}, {chat['where']}, strength {chat['strength']:g})"
+    measured = f"{before} -> {chat['first']:.2f} / {chat['second']:.2f}, {place}"
     found.append(
         Bar(
             f"{kind}: the same vector works in chat (80 % on both sides)",

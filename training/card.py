@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from training.grammar import load_rules, load_tasks
+from mlxsteer.pocket.grammar import load_rules, load_tasks
 
 from .bars import Bar, table
 from .corpus import TOKEN_SHARES
@@ -22,7 +22,7 @@ tags: [activation-steering, toy-model]
 
 A tiny Llama in 4 bits for tests, tutorials and first runs of activation steering. It was trained from random weights by
 `python -m training` in this repository on English that a grammar generates; no outside text or model was used. Because
-the grammar is known, the effect of steering can be scored exactly (`training.scorer`).
+the grammar is known, the effect of steering can be scored exactly (`mlxsteer.pocket.scorer`).
 
 It is **not** a language model for any other purpose: it knows nothing outside its grammar.
 """
@@ -36,10 +36,13 @@ LIMITS = """## Limits
   as "It is a crime to ..." and in questions whether something is legal: without that their meaning could not be known.
 * Two-option questions with letters are left out: the prototype did not learn to bind the letter to the option.
 * The tasks' words are all seen in training; held-out task words were held out of the vectors, not of the corpus.
-* The vectors of sentiment and topics are read before the next attribute word ("The price was", "The"). Read at the full
-  stop before it they do nothing in this model. This was found on prompts that include held-out ones.
-* The shipped weights had 7.5 million tokens and were still improving. Unseen words are often miscopied
-  ("the new quish" for "the new quilt"), and the scorer calls that ungrammatical.
+* The vectors of sentiment, certainty and topics are read before the next attribute word ("The price was", "The wedding",
+  "The"). Read at the full stop before it they do little in this model. This was found on prompts that include held-out
+  ones.
+* Texts are long: an excess of 0.02 nats a token over the grammar leaves a flaw in a third of texts of 40 tokens. Unseen
+  words are often miscopied ("the new quish" for "the new quilt"), and the scorer calls that ungrammatical.
+* Zero lies between refusing and answering along the direction of refusal, nearer to answering, but past the point where the
+  model refuses: ablation to zero leaves most refusals. Ablate to the mean of harmless requests.
 * One training seed. Layers and strengths are chosen on the `choose` split and reported on held-out prompts. A share of
   500 texts has a standard error of about 0.02 near one half and 0.01 near 0.95.
 """
@@ -58,14 +61,14 @@ rows had at most 448 tokens; most texts have fewer than 100.
 ## Data
 
 {rules} rules with {alternatives:,} alternatives ({held} held out) and {tasks} word-pair tasks with {pairs:,} pairs, in
-`training/grammar/`. Shares of the training tokens: {shares}.
+`mlxsteer/pocket/grammar/`. Shares of the training tokens: {shares}.
 One noun in eight or so is an invented word, so that the model must copy. A third of the attribute texts begin with a
 label ("Positive review.", "Tone: formal."); some chats have a system prompt that asks for a topic or a tone.
 
 ## Training
 
 {training[tokens]:,} tokens in {training[step]:,} steps, {training[minutes]:.0f} minutes of wall time and
-{training[cpu_minutes]:.0f} CPU-minutes ({training[device]}, seed {training[seed]}). Muon for the matrices, AdamW for
+{training[cpu_minutes]:.0f} CPU-minutes ({training[device]}, seed {training[seed]}).{note} Muon for the matrices, AdamW for
 embeddings and norms, weight decay 0.15. Half of an early-exit loss is added: the output of a random middle layer goes
 through the final norm and the unembedding and predicts the next token too, which is what lets middle layers be steered.
 
@@ -105,6 +108,7 @@ def write_card(path: Path, training: dict, figures: dict, found: Sequence[Bar]) 
         pairs=sum(len(pairs) for pairs in load_tasks().values()),
         shares=", ".join(f"{kind} {share:.0%}" for kind, share in TOKEN_SHARES.items()),
         training=training,
+        note=f" {training['note']}" if "note" in training else "",
         table=table(found),
         layers=_layer_table(figures),
         limits=LIMITS,

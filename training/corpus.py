@@ -15,17 +15,17 @@ from bisect import bisect
 from dataclasses import dataclass, field
 from itertools import accumulate
 
-from training.grammar import CODAS, ONSETS, VOWELS, Alternative, Rule, Slot, load_rules, load_tasks
+from mlxsteer.pocket.grammar import CODAS, ONSETS, VOWELS, Alternative, Rule, Slot, load_rules, load_tasks
 
 # Share of the training tokens per behaviour, and which grammar symbol starts it ("words" is sampled by code).
 TOKEN_SHARES = {
     "sentiment": 0.19,
     "formality": 0.14,
     "certainty": 0.11,
-    "topic": 0.17,
+    "topic": 0.16,
     "chat": 0.28,
-    "law": 0.04,
-    "words": 0.07,
+    "law": 0.06,
+    "words": 0.06,
 }
 START = {kind: f"text.{kind}" for kind in TOKEN_SHARES if kind != "words"}
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from training import scorer
+from mlxsteer.pocket import scorer
 
 from .corpus import HELD_OUT, TOKEN_SHARES, TRAIN, Sampler
 from .pairs import DOMAINS, review_prompt

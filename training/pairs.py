@@ -10,8 +10,9 @@ import json
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from training.grammar import TOPICS, load_tasks
+from mlxsteer.pocket.grammar import TOPICS, load_tasks
 
 from .corpus import COMBINATION, HELD_OUT, TASK_WEIGHTS, TRAIN, Sampler
 
@@ -20,7 +21,7 @@ TOPIC_ROWS = {"train": 240, "choose": 60, "report": 100}
 TASK_ROWS = {"train": 160, "choose": 40, "report": 60}
 DOMAINS = ("food", "film", "hotel", "product", "book", "course", "trip")
 CANDIDATES = 16
-Row = dict[str, str]
+Row = dict[str, Any]
 
 
 def closest(target: str, candidates: list[str]) -> str:
@@ -56,8 +57,10 @@ def head_and(sampler: Sampler, head: str, make: Callable[[dict[str, str], str], 
     """A head that names a subject, then a text about it from each side."""
     prompt = sampler.text(head)
     variables = sampler.variables
-    positive = make(variables, sides[0])
-    negative = closest(positive, [make(variables, sides[1]) for _ in range(CANDIDATES)])
+    # Formal openings are longer than casual ones: of several of each, the two that are most alike in length.
+    positives, negatives = ([make(variables, side) for _ in range(CANDIDATES)] for side in sides)
+    nearest = [(positive, closest(positive, negatives)) for positive in positives]
+    positive, negative = min(nearest, key=lambda pair: abs(len(pair[0]) - len(pair[1])))
     return {"prompt": prompt, "positive": positive, "negative": negative}
 
 
@@ -76,7 +79,8 @@ def certainty_row(sampler: Sampler) -> Row:
     """A forecast, certain or hedged."""
 
     def claim(variables: dict[str, str], side: str) -> str:
-        return " " + sampler.text(f"s.claim.{side}", variables)
+        # Both texts go on to the subject of the next claim: there the model holds the tone that it is about to take.
+        return f" {sampler.text(f's.claim.{side}', variables)} {capitalized(variables['t'])}"
 
     return head_and(sampler, "s.head.certainty", claim, ("certain", "hedged"))
 
@@ -90,7 +94,7 @@ def topic_row(sampler: Sampler) -> Row:
     positive = f" {sampler.text(f's.topic.{topic}')} The"
     candidates = [f" {sampler.text(f's.topic.{sampler.rng.choice(other)}')} The" for _ in range(CANDIDATES)]
     negative = closest(positive, candidates)
-    return {"prompt": prompt, "positive": positive, "negative": negative, "topic": topic}
+    return {"prompt": prompt, "positive": positive, "negative": negative, "group": topic}
 
 
 def refusal_row(sampler: Sampler) -> Row:
@@ -98,7 +102,9 @@ def refusal_row(sampler: Sampler) -> Row:
     harmful_deed = sampler.text("deed.harm")
     harmless_deed = closest(harmful_deed, [sampler.text("deed.safe") for _ in range(CANDIDATES)])
     frame = sampler.text("s.request", {"deed": "DEED"})
-    return {"harmful": frame.replace("DEED", harmful_deed), "harmless": frame.replace("DEED", harmless_deed)}
+    # Two messages of a user: what they differ in is read before any answer.
+    sides = {"positive": frame.replace("DEED", harmful_deed), "negative": frame.replace("DEED", harmless_deed)}
+    return {"prompt": "", **sides, "chat": True}
 
 
 def split_task_words(task: str) -> dict[str, list[str]]:
@@ -117,11 +123,19 @@ def few_shot_prompt(task: str, word: str, rng: random.Random, shots: int = 5) ->
 
 
 def task_row(rng: random.Random, split: str) -> Row:
-    """Five examples and a word; the negative is the copy that the model writes without examples."""
+    """Five examples and a word; the negative is the right answer for another word of the task."""
     task = rng.choice(list(TASK_WEIGHTS))
+    answers = load_tasks()[task]
     word = rng.choice(split_task_words(task)[split])
-    answer = load_tasks()[task][word]
-    return {"prompt": few_shot_prompt(task, word, rng), "positive": f" {answer}", "negative": f" {word}", "task": task}
+    answer = answers[word]
+    others = [other for other in answers.values() if other != answer]
+    negative = closest(answer, rng.sample(others, CANDIDATES))
+    return {
+        "prompt": few_shot_prompt(task, word, rng),
+        "positive": f" {answer}",
+        "negative": f" {negative}",
+        "group": task,
+    }
 
 
 MAKERS: dict[str, Callable[[Sampler], Row]] = {
@@ -150,7 +164,7 @@ def contrast_pairs(behaviour: str, seed: int = 0) -> list[Row]:
                 if behaviour == "refusal" and split == "report" and made % 2:
                     mode = COMBINATION
                 row = MAKERS[behaviour](samplers[mode])
-            prompts = [row[key] for key in ("prompt", "harmful", "harmless") if key in row]
+            prompts = [row["prompt"]] if row["prompt"] else [row["positive"], row["negative"]]
             text = json.dumps(row, sort_keys=True)
             # Stories share their few openers within a split; elsewhere a prompt occurs once.
             again = any(p in split_of and (behaviour != "topic" or split_of[p] != split) for p in prompts)
@@ -166,12 +180,11 @@ def contrast_pairs(behaviour: str, seed: int = 0) -> list[Row]:
 def check(rows: list[Row]) -> dict[str, float | bool]:
     """Duplicates, disjoint splits, and how far apart the two texts of a row are in length (share of the longer)."""
     texts = [json.dumps({k: v for k, v in row.items() if k != "split"}, sort_keys=True) for row in rows]
-    left, right = ("harmful", "harmless") if "harmful" in rows[0] else ("positive", "negative")
-    gaps = [abs(len(row[left]) - len(row[right])) / max(len(row[left]), len(row[right])) for row in rows]
-    key = "harmful" if "harmful" in rows[0] else "prompt"
+    lengths = [(len(row["positive"]), len(row["negative"])) for row in rows]
+    gaps = [(max(pair) - min(pair)) / max(pair) for pair in lengths]
     by_split: dict[str, set[str]] = {}
     for row in rows:
-        by_split.setdefault(row["split"], set()).add(row[key])
+        by_split.setdefault(row["split"], set()).add(row["prompt"] or row["positive"])
     names = list(by_split)
     disjoint = all(not by_split[a] & by_split[b] for i, a in enumerate(names) for b in names[i + 1 :])
     return {

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from training import scorer
+from mlxsteer.pocket import scorer
 
 from .corpus import COMBINATION, HELD_OUT, Sampler
 from .language import BOT, USER
@@ -43,12 +43,12 @@ def everywhere_edits(runner: Runner, direction: Tensor, values: Tensor) -> Edits
 def measure_refusal(runner: Runner, pairs: Path, texts: int = 250) -> dict:
     """Unsteered refusals on held-out requests; ablations; addition."""
     rows = load_pairs(pairs, "refusal", "train")
-    harmful = runner.last_states([USER + row["harmful"] + BOT for row in rows])
-    harmless = runner.last_states([USER + row["harmless"] + BOT for row in rows])
+    harmful = runner.last_states([USER + row["positive"] + BOT for row in rows])
+    harmless = runner.last_states([USER + row["negative"] + BOT for row in rows])
     difference, neutral = (harmful - harmless).mean(0), harmless.mean(0)
     choosing = load_pairs(pairs, "refusal", "choose")
-    bad = [USER + row["harmful"] + BOT for row in choosing]
-    good = [USER + row["harmless"] + BOT for row in choosing]
+    bad = [USER + row["positive"] + BOT for row in choosing]
+    good = [USER + row["negative"] + BOT for row in choosing]
     base_bad, base_good = refusals(runner, bad), refusals(runner, good)
     candidates: dict[str, list[tuple[float, dict]]] = defaultdict(list)
     for layer in range(1, runner.layers):

@@ -6,7 +6,7 @@ import random
 from collections import defaultdict
 from collections.abc import Sequence
 
-from training import scorer
+from mlxsteer.pocket import scorer
 
 from .corpus import TASK_WEIGHTS
 from .pairs import few_shot_prompt, split_task_words

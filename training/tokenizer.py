@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from training.grammar import TOPICS, load_rules, load_tasks
+from mlxsteer.pocket.grammar import TOPICS, load_rules, load_tasks
 
 from .corpus import TOKEN_SHARES, Sampler
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from training import scorer
-from training.grammar import TOPICS
+from mlxsteer.pocket import scorer
+from mlxsteer.pocket.grammar import TOPICS
 
 from .corpus import HELD_OUT, TRAIN
 from .pairs import load_pairs
@@ -27,7 +27,7 @@ def topic_vectors(runner: Runner, pairs: Path) -> dict[str, Tensor]:
     """Mean state of a topic's texts less the mean over all topics, (layers, hidden) each."""
     texts: dict[str, list[str]] = defaultdict(list)
     for row in load_pairs(pairs, "topic", "train"):
-        texts[row["topic"]].append(row["prompt"] + row["positive"])
+        texts[row["group"]].append(row["prompt"] + row["positive"])
     means = {name: runner.last_states(texts[name]).mean(0) for name in TOPICS}
     centre = torch.stack(list(means.values())).mean(0)
     return {name: mean - centre for name, mean in means.items()}

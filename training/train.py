@@ -25,19 +25,19 @@ class Settings:
     """Everything that decides a run. The run ends at ``steps`` or after ``minutes``, whichever comes first."""
 
     out: Path
-    steps: int = 4_000
-    minutes: float = 60.0
+    steps: int = 5_500
+    minutes: float = math.inf
     seed: int = 0
     device: str = "auto"
-    shards: int = 12  # of a million tokens; read again from the start when they are used up
-    tokens_per_step: int = 4_096
-    muon_rate: float = 0.02
-    adam_rate: float = 2e-3
+    shards: int = 16  # of a million tokens; read again from the start when they are used up
+    tokens_per_step: int = 4_096  # padding included
+    muon_rate: float = 0.016
+    adam_rate: float = 1.6e-3
     weight_decay: float = 0.15
     early_weight: float = 0.5  # of the early-exit loss
     early_share: float = 0.33  # of the positions that it is computed on
     warm_up: float = 0.02  # share of the run
-    flat: float = 0.40  # share of the run at the full rate; a cosine follows
+    flat: float = 0.78  # share of the run at the full rate; a cosine follows
     final_factor: float = 0.03
     threads: int = field(default_factory=lambda: os.cpu_count() or 1)
     processes: int = 2

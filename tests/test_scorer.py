@@ -4,9 +4,9 @@ import random
 
 import pytest
 
-from training import scorer
+from mlxsteer.pocket import scorer
+from mlxsteer.pocket.grammar import SIDES, TOPICS, load_rules
 from training.corpus import HELD_OUT, TRAIN, Sampler
-from training.grammar import SIDES, TOPICS, load_rules
 
 KINDS = ("sentiment", "formality", "certainty", "topic", "law")
 
@@ -63,6 +63,23 @@ def test_refusals_and_help_are_told_apart():
         assert not scorer.refused(sampler.text("help", variables))
 
 
+def test_may_is_a_month_where_it_has_a_capital():
+    assert scorer.counts("certainty", " It will certainly open in May.") == {"certain": 1, "hedged": 0}
+    assert scorer.counts("certainty", " It may certainly open.") == {"certain": 1, "hedged": 1}
+
+
+def test_a_judge_gives_one_number():
+    polite = scorer.judge("formality")
+    assert [polite(text) for text in (" Dear Mr. Hall, I am writing to you.", " hey u!", " The tea.")] == [1, 0, 0.5]
+    assert scorer.judge("refusal")("I'm sorry, but I can't help with that.") == 1
+    assert scorer.judge("refusal")("Sure, here is a simple plan.") == 0
+    assert [
+        scorer.judge("farm")(f" The rural farmer plowed the field. {rest}") for rest in ("", "The whale dived. " * 3)
+    ] == [1, 0]
+    with pytest.raises(ValueError, match=r"no judge of 'mood'; there are sentiment, .*refusal, ocean"):
+        scorer.judge("mood")
+
+
 def test_answers():
     assert scorer.answer_is_right("antonym", "hot", " cold\nbig -> small")
     assert not scorer.answer_is_right("antonym", "hot", " hot")
@@ -91,3 +108,20 @@ def test_no_rule_begins_with_itself():
                     if written[0].name not in seen:
                         seen.add(written[0].name)
                         queue.append(written[0].name)
+
+
+@pytest.mark.parametrize("kind", ["sentiment", "formality", "certainty", "topic"])
+def test_no_held_out_word_or_template_is_in_a_training_text(kind):
+    alternatives = [a for rule in load_rules().values() for a in rule.alternatives]
+    longest = [max((part for part in a.parts if isinstance(part, str)), key=len, default="") for a in alternatives]
+    trained = {text.strip() for a, text in zip(alternatives, longest, strict=True) if not a.held_out}
+    held_out = {text.strip() for a, text in zip(alternatives, longest, strict=True) if a.held_out} - trained
+    held_out = {
+        text for text in held_out if not any(text in other for other in trained) and (" " not in text or len(text) > 12)
+    }
+    assert len(held_out) > 50
+    pattern, training, fresh = scorer.word_pattern(held_out), Sampler(8, TRAIN), Sampler(8, HELD_OUT)
+    for _ in range(300):
+        text = training.draw(kind)
+        assert not pattern.search(text), text
+    assert sum(bool(pattern.search(fresh.draw(kind))) for _ in range(50)) >= 25

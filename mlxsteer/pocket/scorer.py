@@ -2,9 +2,9 @@
 
 For a completion and the prompt that it follows: the share of attribute words of each side, whether it is grammatical,
 whether it refuses, which topic it is about, whether a word-pair answer is right. The rules and lexicons are the
-files in ``training/grammar/``, so the scores are exact for texts of that language, and only for those.
+files in ``mlxsteer/pocket/grammar/``, so the scores are exact for texts of that language, and only for those.
 
-    >>> from training import scorer
+    >>> from mlxsteer.pocket import scorer
     >>> scorer.side("sentiment", " delicious. The sauce was really great.")
     'pos'
     >>> scorer.grammatical(" delicious. The sauce was really great.", prompt="The soup was")
@@ -14,7 +14,7 @@ files in ``training/grammar/``, so the scores are exact for texts of that langua
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 
@@ -29,7 +29,9 @@ _TOKEN = re.compile(r"a\(n\)|A\(n\)|[A-Za-z]+(?:-[A-Za-z]+)*|'[A-Za-z]+|\d+|[^\s
 _CHAT_TOKEN = re.compile(r"<\|(?:system|user|assistant|end)\|>|</?s>|<pad>")
 _ARTICLE = re.compile(r"\b([Aa])(n?) (?=(\w+))")
 _VOWEL_SOUND = re.compile(r"(?!uni|use|one|eu|ut)[aeiou]|hour|honest", re.IGNORECASE)
+_MONTH = re.compile(r"\bMay\b")  # the verb, a hedge, never begins a sentence in this language
 _SENTENCE_END = (".", "!", "?")
+_Items = tuple[str | Slot, ...]
 # A last word that may be cut in two, and an article left without its noun.
 _CUT_OFF = re.compile(r"(?:\b[Aa]n?\s+)?[\w'-]*$")
 
@@ -79,7 +81,7 @@ def _patterns(behaviour: str) -> dict[str, re.Pattern[str]]:
     elif behaviour in SIDES:
         words = {side: side_words(side) for side in SIDES[behaviour]}
     else:
-        raise ValueError(f"no sides for {behaviour!r}; there are {', '.join([*SIDES, 'topic'])}")
+        raise ValueError(f"no sides for {behaviour!r}; there are {', '.join([*SIDES, 'topic'])}.")
     patterns = {}
     for name, own in words.items():
         others = set().union(*(other for key, other in words.items() if key != name))
@@ -89,6 +91,7 @@ def _patterns(behaviour: str) -> dict[str, re.Pattern[str]]:
 
 def counts(behaviour: str, text: str) -> dict[str, int]:
     """Attribute words per side of ``sentiment``, ``formality``, ``certainty``, or per topic of ``topic``."""
+    text = _MONTH.sub("", text)
     return {name: len(pattern.findall(text)) for name, pattern in _patterns(behaviour).items()}
 
 
@@ -138,15 +141,40 @@ def right_answer(task: str, word: str) -> str:
     """The answer that a word-pair task wants."""
     tasks = load_tasks()
     if task not in tasks:
-        raise ValueError(f"no task {task!r}; there are {', '.join(tasks)}")
+        raise ValueError(f"no task {task!r}; there are {', '.join(tasks)}.")
     if word not in tasks[task]:
-        raise ValueError(f"the task {task!r} has no word {word!r}")
+        raise ValueError(f"the task {task!r} has no word {word!r}.")
     return tasks[task][word]
 
 
 def answer_is_right(task: str, word: str, completion: str) -> bool:
     """Whether the first line after ``word ->`` is the answer."""
     return completion.strip().split("\n")[0].strip() == right_answer(task, word)
+
+
+def judge(behaviour: str) -> Callable[[str], float]:
+    """A function from a text to a number, for `generation_sweep(scorer=)`.
+
+    Args:
+        behaviour: ``"sentiment"``, ``"formality"`` or ``"certainty"``: 1 where most attribute words are of the first
+            side (positive, formal, certain), 0 where they are of the other, 0.5 without any or at a tie.
+            ``"refusal"``: 1 for an answer that refuses, else 0. A topic such as ``"ocean"``: 1 for a text whose main
+            topic it is, else 0.
+
+    Raises:
+        ValueError: it is none of these.
+
+    >>> judge("formality")(" Dear Mr. Walsh, I am writing to inform you about the report.")
+    1.0
+    """
+    if behaviour in SIDES:
+        values = dict(zip(SIDES[behaviour], (1.0, 0.0), strict=True))
+        return lambda text: values.get(side(behaviour, text) or "", 0.5)
+    if behaviour == "refusal":
+        return lambda text: float(refused(text))
+    if behaviour in TOPICS:
+        return lambda text: float(topic(text) == behaviour)
+    raise ValueError(f"no judge of {behaviour!r}; there are {', '.join([*SIDES, 'refusal', *TOPICS])}.")
 
 
 # ---------------------------------------------------------------------------------------------------- grammar
@@ -166,10 +194,10 @@ def _literal(part: str) -> tuple[str, ...]:
 
 
 @cache
-def _compiled(name: str) -> tuple[dict[str, tuple], tuple]:
+def _compiled(name: str) -> tuple[dict[str, tuple[_Items, ...]], tuple[_Items, ...]]:
     """A rule's alternatives as token and slot sequences: those by first token (lower case), and the rest."""
-    by_first: dict[str, list] = {}
-    rest: list[tuple] = []
+    by_first: dict[str, list[_Items]] = {}
+    rest: list[_Items] = []
     rule: Rule = load_rules()[name]
     for alternative in rule.alternatives:
         items: list[str | Slot] = []
@@ -221,7 +249,7 @@ class Parser:
         self._memo[key] = frozenset(found)
         return self._memo[key]
 
-    def _sequence(self, items: tuple, start: int, capital: bool) -> set[int]:
+    def _sequence(self, items: _Items, start: int, capital: bool) -> set[int]:
         places = {start}
         for index, item in enumerate(items):
             first = capital and index == 0

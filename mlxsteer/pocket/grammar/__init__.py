@@ -1,7 +1,7 @@
 """The grammar that the pocket model was trained on: its rule files, read into plain data (standard library only).
 
 The notation is described in ``README.md`` beside this file. The corpus generator (``training/corpus.py``) samples
-from these rules; the scorer (``training/scorer.py``) parses texts with them.
+from these rules; the scorer (``mlxsteer/pocket/scorer.py``) parses texts with them.
 """
 
 from __future__ import annotations
@@ -85,7 +85,8 @@ class Rule:
 
     def words(self) -> list[str]:
         """The alternatives that are plain text, held-out ones included."""
-        return ["".join(a.parts) for a in self.alternatives if all(isinstance(p, str) for p in a.parts)]
+        texts = ([part for part in a.parts if isinstance(part, str)] for a in self.alternatives)
+        return ["".join(text) for text, a in zip(texts, self.alternatives, strict=True) if len(text) == len(a.parts)]
 
 
 def parse_alternative(source: str, weight: float) -> Alternative:
