@@ -36,13 +36,13 @@ LIMITS = """## Limits
   as "It is a crime to ..." and in questions whether something is legal: without that their meaning could not be known.
 * Two-option questions with letters are left out: the prototype did not learn to bind the letter to the option.
 * The tasks' words are all seen in training; held-out task words were held out of the vectors, not of the corpus.
-* The vectors of sentiment, certainty and topics are read before the next attribute word ("The price was", "The wedding",
-  "The"). Read at the full stop before it they do little in this model. This was found on prompts that include held-out
-  ones.
-* Texts are long: an excess of 0.02 nats a token over the grammar leaves a flaw in a third of texts of 40 tokens. Unseen
-  words are often miscopied ("the new quish" for "the new quilt"), and the scorer calls that ungrammatical.
-* Zero lies between refusing and answering along the direction of refusal, nearer to answering, but past the point where the
-  model refuses: ablation to zero leaves most refusals. Ablate to the mean of harmless requests.
+* The vectors of sentiment, certainty and topics are read before the next attribute word ("The price was", "The
+  wedding", "The"). Read at the full stop before it they do little in this model. This was found on prompts that include
+  held-out ones.
+* An excess of 0.02 nats a token over the grammar leaves a flaw in about a third of texts of 40 tokens. Unseen words are
+  sometimes miscopied ("the new quish" for "the new quilt"), and the scorer calls that ungrammatical.
+* Along the direction of refusal, zero lies between answering and refusing, where the model still refuses more often
+  than not: ablate to the mean of harmless requests, not to zero.
 * One training seed. Layers and strengths are chosen on the `choose` split and reported on held-out prompts. A share of
   500 texts has a standard error of about 0.02 near one half and 0.01 near 0.95.
 """
@@ -68,9 +68,10 @@ label ("Positive review.", "Tone: formal."); some chats have a system prompt tha
 ## Training
 
 {training[tokens]:,} tokens in {training[step]:,} steps, {training[minutes]:.0f} minutes of wall time and
-{training[cpu_minutes]:.0f} CPU-minutes ({training[device]}, seed {training[seed]}).{note} Muon for the matrices, AdamW for
-embeddings and norms, weight decay 0.15. Half of an early-exit loss is added: the output of a random middle layer goes
-through the final norm and the unembedding and predicts the next token too, which is what lets middle layers be steered.
+{training[cpu_minutes]:.0f} CPU-minutes ({training[device]}, seed {training[seed]}).{note}
+Muon for the matrices, AdamW for embeddings and norms, weight decay 0.15. Half of an early-exit loss is added: the
+output of a random middle layer goes through the final norm and the unembedding and predicts the next token too, which
+is what lets middle layers be steered.
 
 ## Figures
 

@@ -82,12 +82,12 @@ def grammatical_share(texts: Sequence[str], prompts: Sequence[str]) -> float:
 
 
 def grammaticality(runner: Runner, kind: str, texts: int = 500, tokens: int = 48) -> dict[str, float]:
-    """Share of grammatical texts, sampled at temperature 1 and greedy, half of the prompts held out."""
-    prompts = prompts_for(kind, TRAIN, texts // 2, seed=31) + prompts_for(kind, HELD_OUT, texts - texts // 2, seed=32)
+    """Share of grammatical texts, greedy and sampled at two temperatures, after training prompts and held-out ones."""
+    half = texts // 2
+    prompts = prompts_for(kind, TRAIN, half, seed=31) + prompts_for(kind, HELD_OUT, half, seed=32)
     shares = {}
-    for name, temperature in (("sampled", 1.0), ("greedy", 0.0)):
+    for name, temperature in (("greedy", 0.0), ("sampled at 0.7", 0.7), ("sampled at 1", 1.0)):
         written = runner.decode(runner.generate(prompts, tokens, temperature, seed=5))
-        shares[name] = grammatical_share(written, prompts)
-        half = texts // 2
+        shares[name] = grammatical_share(written[:half], prompts[:half])
         shares[f"{name}, held-out prompts"] = grammatical_share(written[half:], prompts[half:])
     return shares

@@ -19,7 +19,7 @@ from .runner import Runner
 from .steering import TOKENS, WHERE, Setting, penalty
 
 TOPIC_EFFECTS = ("stories", "leak into answers")
-STRENGTHS = {"last": (2.0,), "all": (0.3, 0.5, 0.75)}
+STRENGTHS = {"last": (2.0, 4.0), "all": (0.3, 0.4, 0.5)}
 Judge = Callable[[dict[str, list[str]]], dict[str, float]]
 
 
