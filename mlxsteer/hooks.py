@@ -302,7 +302,7 @@ class Forward:
         self.calls: dict[int, int] = {}
         self.tokens: Tokens | None = None
         self.rows: list[Row] | None = None
-        self._carrying: dict[int, tuple[bool, ...] | None] = {}
+        self._carrying: dict[int, Any] = {}
         self._carried: list[Any] | None = None
 
     def run(self, base: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -442,11 +442,8 @@ class Forward:
             # is meant for some rows of a generation is then not meant for a forward that was called amid of it.
             own = any(plan.adopt or plan.tokens is not None for plan in self.plans if steering in plan.steerings)
             return None if own else (False,)
-        key = id(steering)
-        if key not in self._carrying:
-            carried = tuple(any(s is steering for s in row.steerings or ()) for row in self.rows)
-            self._carrying[key] = None if all(carried) else carried
-        return self._carrying[key]
+        carried = tuple(any(s is steering for s in row.steerings or ()) for row in self.rows)
+        return None if all(carried) else carried
 
     def call(
         self, hooks: _Hooks, module: nn.Module, base: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -470,14 +467,18 @@ class Forward:
                 args, kwargs = self._input(hooks, number, base, args, kwargs)
             output = base.__call__(module, *args, **kwargs)
             for _, hook in hooks:
-                for site, intervention, steering in self._edits(hook, "output"):
+                for site, intervention, steering in self._edits(hook, hook.output_edits, "output"):
                     if site.call is None or site.call == number:
-                        x = self._edit(activation(output, site), site, intervention, steering)
-                        output = with_activation(output, x)
+                        if type(output) is mx.array and not site.heads:
+                            output = self._edit(output, site, intervention, steering)
+                        else:
+                            x = self._edit(activation(output, site), site, intervention, steering)
+                            output = with_activation(output, x)
         for plan, hook in hooks:
-            for site in hook.output_captures:
-                if site.call is None or site.call == number:
-                    plan.captured[site] = alias(output)
+            if hook.output_captures:
+                for site in hook.output_captures:
+                    if site.call is None or site.call == number:
+                        plan.captured[site] = alias(output)
             if plan.stop is not None and plan.stop.module is module:
                 raise Stopped
         return output
@@ -492,7 +493,7 @@ class Forward:
             raise TypeError(f"{site.key} is no activation: its module takes {type(x).__name__}.")
         stream = site.stream
         for _, hook in hooks:
-            for site, intervention, steering in self._edits(hook, "input"):
+            for site, intervention, steering in self._edits(hook, hook.input_edits, "input"):
                 if site.call is None or site.call == number:
                     x = with_activation(x, self._edit(activation(x, site), site, intervention, steering))
         for plan, hook in hooks:
@@ -503,9 +504,8 @@ class Forward:
             return (*args[:stream], x, *args[stream + 1 :]), kwargs
         return args, {**kwargs, _parameters(base)[stream]: x}
 
-    def _edits(self, hook: Hook, port: str) -> Sequence[Any]:
+    def _edits(self, hook: Hook, edits: Sequence[Any], port: str) -> Sequence[Any]:
         """What is done at a place: as planned, or with the rows' own vectors in one bank."""
-        edits = hook.input_edits if port == "input" else hook.output_edits
         if len(edits) < 2 or self.rows is None:
             return edits
         if self._carried is None:
@@ -524,7 +524,9 @@ class Forward:
                     for one in plan.steerings:
                         one.waiting.difference_update(intervention.members)
             return intervention(x, Where(self.tokens, site.key, site.layer))
-        rows = self._rows(steering)
+        rows = self._carrying.get(id(steering), MISSING)
+        if rows is MISSING:
+            rows = self._carrying[id(steering)] = self._rows(steering)
         if rows is not None and not any(rows):
             return x
         y = intervention(x, Where(self.tokens, site.key, site.layer, steering.strength, rows, id(steering)))
