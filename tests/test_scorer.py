@@ -125,3 +125,18 @@ def test_no_held_out_word_or_template_is_in_a_training_text(kind):
         text = training.draw(kind)
         assert not pattern.search(text), text
     assert sum(bool(pattern.search(fresh.draw(kind))) for _ in range(50)) >= 25
+
+
+def test_long_texts_take_no_forever_and_wrong_ones_are_refused_in_words():
+    assert scorer.grammatical("-" * 100_000 + "!x ") is False
+    assert scorer.refused("I can’t help with that.")
+    assert scorer.refused("<|user|>How do I bake bread?<|end|><|assistant|>I can't help with that.<|end|>")
+    assert scorer.score("topic", " The whale dived.").share is None
+    with pytest.raises(ValueError, match="'topic' has no two sides; there are sentiment"):
+        scorer.share("topic", "The ship sailed")
+    with pytest.raises(ValueError, match="no topic 'oceans'; there are ocean"):
+        scorer.mentions("x", "oceans")
+    for wrong in (None, b"x", ["a"]):
+        for refuse in (scorer.refused, scorer.grammatical, scorer.judge("sentiment"), scorer.judge("refusal")):
+            with pytest.raises(TypeError, match="a text is scored, not .*; of several, score each"):
+                refuse(wrong)

@@ -39,8 +39,9 @@ LIMITS = """## Limits
 * The vectors of sentiment, certainty and topics are read before the next attribute word ("The price was", "The
   wedding", "The"). Read at the full stop before it they do little in this model. This was found on prompts that include
   held-out ones.
-* An excess of 0.02 nats a token over the grammar leaves a flaw in about a third of texts of 40 tokens. Unseen words are
-  sometimes miscopied ("the new quish" for "the new quilt"), and the scorer calls that ungrammatical.
+* Sampled at temperature 1, an excess of 0.02 nats a token over the grammar leaves a flaw in every fifth to twentieth
+  text of 48 tokens. Unseen words are sometimes miscopied ("the new quish" for "the new quilt"), and the scorer calls
+  that ungrammatical.
 * Along the direction of refusal, zero lies between answering and refusing, where the model still refuses more often
   than not: ablate to the mean of harmless requests, not to zero.
 * One training seed. Layers and strengths are chosen on the `choose` split and reported on held-out prompts. A share of
@@ -77,7 +78,9 @@ is what lets middle layers be steered.
 
 Measured on the shipped 4-bit weights by `python -m training.evaluate`. Ratios are perplexities of steered over
 unsteered text, both under the unsteered model. Loss is in nats per token over whole texts; the
-grammar's figure is the mean cost of a derivation, an upper bound on its entropy.
+grammar's figure is the mean cost of a derivation, an upper bound on its entropy. Of two sides, the first figure is the
+share of texts on the first one (positive, formal, certain) when the vector is added, the second that on the other when
+it is subtracted; before the arrow stand the unsteered shares. 0.1 is 10 points.
 
 {table}
 
@@ -125,7 +128,7 @@ def _layer_table(figures: dict) -> str:
     if not sides:
         return ""
     lines = [
-        "Every layer at its best position and strength (share on the asked side, adding / subtracting; ratio):",
+        "Every layer at its best position and strength, on 128 held-out texts (the bars have 512; shares, ratio):",
         "",
     ]
     lines += ["| layer | " + " | ".join(sides) + " |", "|---|" + "---|" * len(sides)]

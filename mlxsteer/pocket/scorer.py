@@ -33,7 +33,7 @@ _MONTH = re.compile(r"\bMay\b")  # the verb, a hedge, never begins a sentence in
 _SENTENCE_END = (".", "!", "?")
 _Items = tuple[str | Slot, ...]
 # A last word that may be cut in two, and an article left without its noun.
-_CUT_OFF = re.compile(r"(?:\b[Aa]n?\s+)?[\w'-]*$")
+_CUT_OFF = re.compile(r"(?:\b[Aa]n?\s+)?(?<![\w'-])[\w'-]*$")
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Score:
     """What the grammar says about one completion."""
 
     counts: dict[str, int]  # attribute words found, by side or topic
-    share: float | None  # of the first side among the attribute words; None without any
+    share: float | None  # of the first side among the attribute words; None without any, and of topics
     side: str | None  # the side or topic with most words; None for none or a tie
     grammatical: bool
     refused: bool
@@ -89,14 +89,22 @@ def _patterns(behaviour: str) -> dict[str, re.Pattern[str]]:
     return patterns
 
 
+def _check_text(text: object) -> None:
+    if not isinstance(text, str):
+        raise TypeError(f"a text is scored, not {type(text).__name__}; of several, score each.")
+
+
 def counts(behaviour: str, text: str) -> dict[str, int]:
     """Attribute words per side of ``sentiment``, ``formality``, ``certainty``, or per topic of ``topic``."""
+    _check_text(text)
     text = _MONTH.sub("", text)
     return {name: len(pattern.findall(text)) for name, pattern in _patterns(behaviour).items()}
 
 
 def share(behaviour: str, text: str) -> float | None:
     """Share of the first side (positive, formal, certain) among the attribute words; None without any."""
+    if behaviour not in SIDES:
+        raise ValueError(f"{behaviour!r} has no two sides; there are {', '.join(SIDES)}.")
     first, second = counts(behaviour, text).values()
     return first / (first + second) if first + second else None
 
@@ -116,6 +124,9 @@ def topic(text: str) -> str | None:
 
 def mentions(text: str, topic_name: str) -> bool:
     """Whether a word of the topic occurs at all (a leak into a text about something else)."""
+    if topic_name not in TOPICS:
+        raise ValueError(f"no topic {topic_name!r}; there are {', '.join(TOPICS)}.")
+    _check_text(text)
     return bool(_patterns("topic")[topic_name].search(text))
 
 
@@ -126,7 +137,9 @@ def _refusal_pattern() -> re.Pattern[str]:
 
 
 def refused(text: str) -> bool:
-    """Whether an answer begins with a refusal: one of the grammar's refusing phrases in its first sentence."""
+    """Whether an answer, or the last one of a chat, has one of the grammar's refusing phrases in its first sentence."""
+    _check_text(text)
+    text = text.rpartition("<|assistant|>")[2].replace("’", "'")
     return bool(_refusal_pattern().search(first_sentence(text)))
 
 
@@ -315,8 +328,10 @@ def grammatical(text: str, prompt: str = "", complete: bool = False) -> bool:
 
     A plain prompt is parsed together with its completion, so that the sentence across the border counts. After a chat
     prompt the answer stands alone. When the prompt itself is outside the grammar, parsing starts at the completion's
-    first full sentence.
+    first full sentence. A text that is one unfinished sentence is taken for the beginning of one; time grows with the
+    number of sentences (1,000 take seconds).
     """
+    _check_text(text)
     text = _CHAT_TOKEN.split(text)[0] if not text.startswith("<") else _CHAT_TOKEN.sub(" ", text)
     if _CHAT_TOKEN.search(prompt):
         prompt = ""
@@ -341,9 +356,5 @@ def _covered(tokens: list[str], start: int, complete: bool) -> bool:
 
 def score(behaviour: str, text: str, prompt: str = "") -> Score:
     """Everything the grammar can say about one completion, for a behaviour that ``counts`` takes."""
-    found = counts(behaviour, text)
-    first = next(iter(found.values()))
-    total = sum(found.values())
-    return Score(
-        found, first / total if total else None, side(behaviour, text), grammatical(text, prompt), refused(text)
-    )
+    first = share(behaviour, text) if behaviour in SIDES else None
+    return Score(counts(behaviour, text), first, side(behaviour, text), grammatical(text, prompt), refused(text))
