@@ -22,7 +22,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlxsteer import families
-from mlxsteer.hooks import active, attached
+from mlxsteer.hooks import Resumed, active, attached, installed
 from mlxsteer.interventions.gates import spans_of
 from mlxsteer.plans import Plan
 from mlxsteer.positions import PositionError, Prompt, Tokens, next_turn
@@ -224,9 +224,9 @@ def stream(
     )
     fed, last = [*(known or ()), *tokens], None
     try:
-        with closing(pieces):
+        with installed(plan), closing(pieces):
             while True:
-                with attached(plan):
+                with Resumed(plan):
                     piece = next(pieces, None)
                 if piece is None:
                     break

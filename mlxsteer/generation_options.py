@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
 import operator
 from collections.abc import Callable, Iterable, Mapping
@@ -126,10 +127,7 @@ def checked_options(options: Mapping[str, Any], *, batch: bool) -> dict[str, Any
         TypeError: there is no such option, with the nearest there is; or it is of a wrong kind.
         ValueError: a number lies outside its range, or a prompt cache is empty.
     """
-    sources = (BatchGenerator.__init__,) if batch else (generate_step, speculative_generate_step, stream_generate)
-    known = {name for source in sources for name in inspect.signature(source).parameters}
-    known -= {"self", "model", "prompt", "tokenizer", "stream", "kwargs", "stop_tokens"}
-    known |= set() if batch else {"cached_tokens"}
+    known = _known_options(batch)
     ours = {"max_tokens", "temp", "top_p", "top_k", "min_p", "seed", "sampler", "logprobs", "interventions"}
     for name in options:
         if name not in known and (said := _NOT_HERE.get("stop" if name.startswith("stop") else name)):
@@ -148,6 +146,15 @@ def checked_options(options: Mapping[str, Any], *, batch: bool) -> dict[str, Any
     if "draft_model" in made:
         made["draft_model"] = _draft(made["draft_model"])
     return made
+
+
+@functools.cache
+def _known_options(batch: bool) -> frozenset[str]:
+    """The names of the options that the installed mlx-lm has."""
+    sources = (BatchGenerator.__init__,) if batch else (generate_step, speculative_generate_step, stream_generate)
+    known = {name for source in sources for name in inspect.signature(source).parameters}
+    known -= {"self", "model", "prompt", "tokenizer", "stream", "kwargs", "stop_tokens"}
+    return frozenset(known if batch else known | {"cached_tokens"})
 
 
 def _draft(given: Any) -> nn.Module:

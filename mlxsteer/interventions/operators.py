@@ -33,6 +33,11 @@ def _one(direction: Any, what: str) -> mx.array:
     return found
 
 
+def _along(constant: mx.array, axes: int) -> mx.array:
+    """A constant of the last axes of an activation that has `axes` in all."""
+    return constant.reshape(*(1,) * (axes - constant.ndim), *constant.shape)
+
+
 def _orthonormal(directions: mx.array, what: str) -> mx.array:
     """An orthonormal basis, (k, D), of the span of `directions`, (D,) or (k, D)."""
     rows = directions.reshape(-1, directions.shape[-1])
@@ -76,7 +81,8 @@ class AddVector(Intervention):
             before, after = (mx.linalg.norm(h, axis=-1, keepdims=True) for h in (wide, moved))
             return moved * (before / mx.maximum(after, 1e-12))
         if isinstance(strength, float):
-            return x + self.cast(strength, x.dtype, lambda: strength * self.vector)
+            # with as many axes as x has: a sum that needs no broadcast is one operation less in every step
+            return x + self.cast((strength, x.ndim), x.dtype, lambda: _along(strength * self.vector, x.ndim))
         return x + (strength * self.vector).astype(x.dtype)
 
 
