@@ -76,8 +76,8 @@ def test_a_judge_gives_one_number():
     assert [
         scorer.judge("farm")(f" The rural farmer plowed the field. {rest}") for rest in ("", "The whale dived. " * 3)
     ] == [1, 0]
-    with pytest.raises(ValueError, match=r"no judge of 'mood'; there are sentiment, .*refusal, ocean"):
-        scorer.judge("mood")
+    with pytest.raises(ValueError, match=r"no judge of 'sentimnt'\. Nearest: sentiment"):
+        scorer.judge("sentimnt")
 
 
 def test_answers():
@@ -132,9 +132,9 @@ def test_long_texts_take_no_forever_and_wrong_ones_are_refused_in_words():
     assert scorer.refused("I can’t help with that.")
     assert scorer.refused("<|user|>How do I bake bread?<|end|><|assistant|>I can't help with that.<|end|>")
     assert scorer.score("topic", " The whale dived.").share is None
-    with pytest.raises(ValueError, match="'topic' has no two sides; there are sentiment"):
+    with pytest.raises(ValueError, match="'topic' has no two sides. There are sentiment"):
         scorer.share("topic", "The ship sailed")
-    with pytest.raises(ValueError, match="no topic 'oceans'; there are ocean"):
+    with pytest.raises(ValueError, match="no topic 'oceans'. Nearest: ocean"):
         scorer.mentions("x", "oceans")
     for wrong in (None, b"x", ["a"]):
         for refuse in (scorer.refused, scorer.grammatical, scorer.judge("sentiment"), scorer.judge("refusal")):

@@ -112,8 +112,14 @@ def test_a_layer_is_chosen_whose_effect_and_cost_a_measurement_confirms(
     assert spent.mean <= 0.3 * 1.06
     assert choice.budget == ("kl_mean", 0.3)
     assert found.pairs == len(report) == 8
-    assert found.curve.anti_steerable <= 0.125  # of 8 pairs
     assert found.curve.strengths.tolist() == [-1, -0.5, 0, 0.5, 1]
+    times = found.curve.strengths
+    steered = [
+        choice.vector.at({n: s * x for n, s in choice.strengths.items()}, at=-1, unit="residual") for x in times if x
+    ]
+    shifts = [preference_shift(pocket, one, report) for one in steered]
+    slopes = np.polyfit(times, [*shifts[:2], np.zeros(8), *shifts[2:]], 1)[0]
+    assert found.curve.anti_steerable == (slopes < 0).mean() < 0.5
     seed = int(generator(0, room._NULLS, 0).integers(2**62))
     random = random_like(choice.vector, seed=seed).at(choice.strengths, at=-1, unit="residual")
     assert preference_shift(pocket, random, report).mean() == pytest.approx(found.nulls[0], abs=5e-3)

@@ -1,6 +1,6 @@
 """Make the pocket model from nothing: tokenizer, corpus, training, 4-bit conversion, contrast pairs, evaluation, card.
 
-    python -m training                 # 5,500 steps, about 250 CPU-minutes and 5 hours at most on two cores
+    python -m training                 # 5,500 steps; took 250 CPU-minutes, 5 hours on two shared cores
     python -m training --minutes 5     # a quick try
     python -m training --device cuda   # on a GPU
 
@@ -26,7 +26,10 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after so many minutes, if earlier")
     parser.add_argument("--out", type=Path, default=root / "training" / "run", help="working folder, kept out of git")
-    parser.add_argument("--package", type=Path, default=root / "mlxsteer", help="where model and data sets are written")
+    parser.add_argument(
+        "--package", type=Path, default=root / "training" / "run" / "package",
+        help="where model and data sets are written; mlxsteer replaces those that are shipped",
+    )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--shards", type=int, default=16, help="million tokens of corpus")

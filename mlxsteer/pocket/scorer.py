@@ -1,4 +1,4 @@
-"""Score a text of the pocket model against the grammar it was trained on (standard library only).
+"""Score a text of the pocket model against the grammar it was trained on.
 
 For a completion and the prompt that it follows: the share of attribute words of each side, whether it is grammatical,
 whether it refuses, which topic it is about, whether a word-pair answer is right. The rules and lexicons are the
@@ -17,6 +17,8 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
+
+from mlxsteer.pairs import nearest
 
 from .grammar import INVENTED_PATTERN, SIDES, TOPICS, Rule, Slot, load_rules, load_tasks, variable_symbols
 
@@ -81,7 +83,7 @@ def _patterns(behaviour: str) -> dict[str, re.Pattern[str]]:
     elif behaviour in SIDES:
         words = {side: side_words(side) for side in SIDES[behaviour]}
     else:
-        raise ValueError(f"no sides for {behaviour!r}; there are {', '.join([*SIDES, 'topic'])}.")
+        raise ValueError(f"no sides of {behaviour!r}. {nearest(behaviour, [*SIDES, 'topic'])}")
     patterns = {}
     for name, own in words.items():
         others = set().union(*(other for key, other in words.items() if key != name))
@@ -104,7 +106,7 @@ def counts(behaviour: str, text: str) -> dict[str, int]:
 def share(behaviour: str, text: str) -> float | None:
     """Share of the first side (positive, formal, certain) among the attribute words; None without any."""
     if behaviour not in SIDES:
-        raise ValueError(f"{behaviour!r} has no two sides; there are {', '.join(SIDES)}.")
+        raise ValueError(f"{behaviour!r} has no two sides. {nearest(behaviour, SIDES)}")
     first, second = counts(behaviour, text).values()
     return first / (first + second) if first + second else None
 
@@ -125,7 +127,7 @@ def topic(text: str) -> str | None:
 def mentions(text: str, topic_name: str) -> bool:
     """Whether a word of the topic occurs at all (a leak into a text about something else)."""
     if topic_name not in TOPICS:
-        raise ValueError(f"no topic {topic_name!r}; there are {', '.join(TOPICS)}.")
+        raise ValueError(f"no topic {topic_name!r}. {nearest(topic_name, TOPICS)}")
     _check_text(text)
     return bool(_patterns("topic")[topic_name].search(text))
 
@@ -154,9 +156,9 @@ def right_answer(task: str, word: str) -> str:
     """The answer that a word-pair task wants."""
     tasks = load_tasks()
     if task not in tasks:
-        raise ValueError(f"no task {task!r}; there are {', '.join(tasks)}.")
+        raise ValueError(f"no task {task!r}. {nearest(task, tasks)}")
     if word not in tasks[task]:
-        raise ValueError(f"the task {task!r} has no word {word!r}.")
+        raise ValueError(f"the task {task!r} has no word {word!r}. {nearest(word, tasks[task], 'load_tasks()')}")
     return tasks[task][word]
 
 
@@ -187,7 +189,9 @@ def judge(behaviour: str) -> Callable[[str], float]:
         return lambda text: float(refused(text))
     if behaviour in TOPICS:
         return lambda text: float(topic(text) == behaviour)
-    raise ValueError(f"no judge of {behaviour!r}; there are {', '.join([*SIDES, 'refusal', *TOPICS])}.")
+    raise ValueError(
+        f"no judge of {behaviour!r}. {nearest(behaviour, [*SIDES, 'refusal', *TOPICS], 'SIDES and TOPICS')}"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- grammar
