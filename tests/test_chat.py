@@ -302,7 +302,7 @@ def test_a_contrast_set_acts_at_the_layer_that_was_recommended(
         asked.append(len(pairs))
         return vector
 
-    monkeypatch.setattr(sys.modules["mlxsteer.cli.chat"], "extract", computed)
+    monkeypatch.setattr(sys.modules["mlxsteer.cli.sources"], "extract", computed)
     strengths = recommended("pocket", "pocket/sentiment").strengths
     best = max(strengths, key=lambda layer: abs(strengths[layer]))
     chat.command("/load sentiment")

@@ -1,4 +1,4 @@
-"""The command line: `mlxsteer demo`, `mlxsteer chat`, and errors in one sentence."""
+"""The command line `mlxsteer`, whose errors are one sentence."""
 
 from __future__ import annotations
 
@@ -8,8 +8,12 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from mlxsteer.cli.chat import chat, sentence
+from mlxsteer.cli.chat import chat
+from mlxsteer.cli.contrast_sets import datasets
 from mlxsteer.cli.demo import demo
+from mlxsteer.cli.generate import generate
+from mlxsteer.cli.screen import sentence
+from mlxsteer.cli.workflow import evaluate, extract, select, sweep
 
 app = typer.Typer(
     name="mlxsteer",
@@ -17,8 +21,8 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-app.command()(demo)
-app.command()(chat)
+for command in (demo, datasets, extract, sweep, select, evaluate, generate, chat):
+    app.command()(command)
 
 
 def _version(asked: bool) -> None:

@@ -2,168 +2,34 @@
 
 from __future__ import annotations
 
-import difflib
 import io
-import json
 import math
 import random
 import re
 import shlex
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, nullcontext, suppress
+from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any
 
-import mlx.core as mx
 import typer
 from mlx_lm.generate import GenerationResponse
 from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from mlxsteer import datasets
 from mlxsteer import interventions as iv
-from mlxsteer.extraction import extract
-from mlxsteer.interventions.base import Compose, Intervention
-from mlxsteer.interventions.files import FORMAT, as_json
-from mlxsteer.interventions.gates import When
+from mlxsteer.cli.options import finite
+from mlxsteer.cli.screen import literal, remarks, sentence
+from mlxsteer.cli.sources import Named, Source, opened, position
+from mlxsteer.interventions.base import Intervention
+from mlxsteer.interventions.files import as_json
 from mlxsteer.model import InterpretableModel
-from mlxsteer.pairs import PairSet, in_split, nearest
-from mlxsteer.positions import NAMES, At
-from mlxsteer.recommended import recommended
-from mlxsteer.steering import Steering
+from mlxsteer.pairs import nearest
+from mlxsteer.positions import At
 from mlxsteer.vectors import SteeringVector
-
-Source: TypeAlias = "SteeringVector | PairSet | dict[str, Intervention]"
-"""What a steering is made of: a vector, the pairs to compute one from, or a file of interventions."""
-
-ENOUGH = 80
-"""A vector is computed from so many pairs of a contrast set: from here on it is usually reliable."""
-
-_SIGNS = {c: 0x2400 + c for c in range(32) if chr(c) not in "\n\t"} | dict.fromkeys(range(127, 160), "�")
-
-
-def literal(text: str, style: str = "") -> Text:
-    """A text as it stands: no markup, and control characters as signs, so that no model commands the terminal."""
-    return Text(text.translate(_SIGNS), style=style)
-
-
-def sentence(error: Exception) -> str:
-    """What an error says, on one line."""
-    said = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
-    return " ".join(said.split()) or type(error).__name__
-
-
-def opened(name: str, model: str) -> Source:
-    """What a file holds, or a bundled contrast set, of which the bundled model has some in its own language."""
-    path, sets = Path(name).expanduser(), datasets.available()
-    own = f"pocket/{name}" if model == "pocket" and f"pocket/{name}" in sets else name
-    if not path.exists() and own in sets:
-        return datasets.load(own)
-    if not path.exists():
-        try:
-            return SteeringVector.load(name)
-        except (FileNotFoundError, ConnectionError) as error:
-            near = difflib.get_close_matches(name.casefold(), _sets(model), n=3)
-            more = f" Nearest contrast sets: {', '.join(near)}." if near else ""
-            raise type(error)(f"{error}{more}") from error
-    if path.suffix == ".json" and _conversation(path):
-        raise ValueError(f"{path} is a saved conversation, not a steering: what steers is saved as .safetensors.")
-    metadata: Any = {}
-    with suppress(RuntimeError, ValueError):  # of what is damaged, the vector's own reader says what it is
-        metadata = mx.load(str(path), return_metadata=True)[1] if path.suffix == ".safetensors" else {}  # type: ignore[index]
-    return iv.load(path) if FORMAT in metadata else SteeringVector.load(path)
-
-
-def _sets(model: str) -> list[str]:
-    """The contrast sets as they are typed: those of the bundled model's own language without their folder, for it."""
-    own = [name.removeprefix("pocket/") for name in datasets.available() if name.startswith("pocket/")]
-    return list(dict.fromkeys([*own * (model == "pocket"), *datasets.available()]))
-
-
-def _conversation(path: Path) -> bool:
-    """Whether a file is what `/save` writes of a conversation."""
-    with suppress(OSError, ValueError):
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return isinstance(found, dict) and "messages" in found
-    return False
-
-
-def _each(one: Intervention, by: float = 1.0, gate: str = "") -> Iterator[tuple[Intervention, float, str]]:
-    """The elementary interventions in one, each with the strength at which it acts, and what has to hold for it."""
-    by *= float(one.strength)
-    if isinstance(one, When):
-        yield from _each(one.then, by, f"{gate}, when {one.condition} (per {one.per})")
-    elif isinstance(one, Compose):
-        for step in one.steps:
-            yield from _each(step, by, gate)
-    else:
-        yield one, by, gate
-
-
-def _place(text: str) -> At:
-    """A position as it is typed: a name, indices such as ``-1`` or ``0,1``, or a slice such as ``2:5``.
-
-    Raises:
-        ValueError: it is none of these.
-    """
-    if text in NAMES:
-        return text
-    number = "-?[0-9]{1,9}"
-    if re.fullmatch(f"{number}(,{number})*", text):
-        indices = [int(index) for index in text.split(",")]
-        return indices if len(indices) > 1 else indices[0]
-    if re.fullmatch(f"({number})?:({number})?", text):
-        return slice(*(int(end) if end else None for end in text.split(":")))
-    raise ValueError(f"a position is a name, or like -1 or 0,1 or 2:5, not {text!r}. {nearest(text, NAMES, '/help')}")
-
-
-def _typed(at: At) -> str:
-    """A position as `_place` reads it, where it is a slice."""
-    if not isinstance(at, slice):
-        return repr(at)
-    ends = [at.start, at.stop] if at.step in (None, 1) else [at.start, at.stop, at.step]
-    return ":".join("" if end is None else str(end) for end in ends)
-
-
-@dataclass(frozen=True)
-class Named:
-    """One steering of a chat: what was loaded, and how it acts.
-
-    Attributes:
-        source: a vector, or interventions by key, which say themselves where they act.
-        layers: where a vector acts.
-        at: on which tokens a vector acts.
-        strength: 0 is plain; multiplies the vector, or the strengths in the file.
-        on: whether it acts.
-    """
-
-    source: SteeringVector | dict[str, Intervention]
-    layers: tuple[int, ...] = ()
-    strength: float = 1.0
-    on: bool = True
-    at: At = "all"
-
-    def interventions(self) -> dict[str, Intervention]:
-        """The key dict that does it."""
-        if isinstance(self.source, SteeringVector):
-            return self.source.at(self.layers, self.strength, self.at)
-        return {key: Compose((one,), self.strength) for key, one in self.source.items()}
-
-    def acts(self) -> Iterator[tuple[str, str, str, str]]:
-        """Key, kind, strength and tokens of everything in it, in words."""
-        for key, one in self.interventions().items():
-            for part, strength, gate in _each(one):
-                when = f", {part.schedule}" if part.schedule is not None else ""
-                spans = f", not {part.exclude}" if part.exclude is not None else ""
-                yield key, part.name, f"{strength:g}", f"{_typed(part.at.written())}{when}{spans}{gate}"
-
-    def __str__(self) -> str:
-        told = "; ".join(f"{kind} at {key}, strength {s}, tokens {where}" for key, kind, s, where in self.acts())
-        return told if self.on else f"{told} (off)"
 
 
 @dataclass(eq=False)
@@ -258,32 +124,9 @@ class Chat:
             ValueError: it is another model's, or has strengths for several rows.
             KeyError: the vector lacks the layer, or the model a place.
         """
-        if isinstance(source, PairSet):
-            if layer is None:
-                layer = self._best_layer(source)
-            source = extract(self.model, in_split(source, "train")[:ENOUGH], progress=True)
-        if isinstance(source, SteeringVector):
-            source.check(self.model)
-            layer = source.layers[len(source) // 2] if layer is None else layer
-        one = Named(source, () if layer is None else (layer,), 1.0 if strength is None else strength, at=at)
-        self._checked(one)
+        one = Named.made(self.model, source, () if layer is None else (layer,), strength, at)
         self.steerings.pop(name, None)
         self.steerings[name] = one
-
-    def _best_layer(self, pairs: PairSet) -> int | None:
-        # Only the layer is taken: the strength that is recommended belongs to the tokens that it was measured at, and
-        # garbles answers that are steered at all of theirs.
-        with suppress(LookupError):
-            strengths = recommended(self.model, pairs.name).strengths
-            return max(strengths, key=lambda layer: abs(strengths[layer]))
-        return None
-
-    def _checked(self, one: Named) -> Named:
-        does = one.interventions()
-        Steering.of(self.model._sites, does)  # refuses what doesn't fit the model
-        if any(part.strengths is not None for each in does.values() for part in each.parts()):
-            raise ValueError("it has one strength per row of a batch, and a chat is a single row.")
-        return one
 
     def steering(self) -> dict[str, Intervention] | None:
         """All that acts, as one key dict; None where nothing does, so that the model is plain."""
@@ -337,7 +180,7 @@ class Chat:
         return literal("\n".join(f"{name}: {self.steerings[name]}" for name in names) or "Nothing is loaded.")
 
     def _change(self, name: str, **changes: Any) -> Text:
-        self.steerings[name] = self._checked(replace(self.steerings[name], **changes))
+        self.steerings[name] = replace(self.steerings[name], **changes).checked(self.model)
         return self._told(name)
 
     def _strength(self, *given: str) -> Text:
@@ -364,7 +207,7 @@ class Chat:
         if not given:
             return self._told(*self.steerings)
         *name, last = given
-        at = _place(last)
+        at = position(last)
         return self._change(self._vector(*name), at=at)
 
     def _vector(self, *name: str) -> str:
@@ -460,19 +303,6 @@ COMMANDS = {usage.split()[0]: (run, usage, meaning) for run, usage, meaning in _
 # -- the terminal ----------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def _remarks(aside: Console) -> Iterator[None]:
-    """Say warnings as sentences, once each."""
-    with warnings.catch_warnings(record=True) as heard:
-        warnings.simplefilter("ignore")
-        warnings.simplefilter("always", UserWarning)
-        try:
-            yield
-        finally:
-            for said in dict.fromkeys(" ".join(str(warning.message).split()) for warning in heard):
-                aside.print(literal(f"note: {said}", "yellow"), soft_wrap=True)
-
-
 def _reply(chat: Chat, text: str, screen: Console, aside: Console) -> None:
     try:
         with closing(chat.answer(text)) as pieces:  # type: ignore[type-var]
@@ -486,7 +316,7 @@ def _reply(chat: Chat, text: str, screen: Console, aside: Console) -> None:
 
 def _one_line(chat: Chat, line: str, screen: Console, aside: Console) -> None:
     try:
-        with _remarks(aside):
+        with remarks(aside):
             if not line.startswith("/") or line.startswith("//"):
                 return _reply(chat, line.removeprefix("/"), screen, aside)
             with aside.status("answering twice") if line.startswith("/compare") else nullcontext():
@@ -538,12 +368,6 @@ def _sources(names: Sequence[str], layer: int | None, at: str | None, model: str
     return made
 
 
-def _finite(value: float | None) -> float | None:
-    if value is not None and not math.isfinite(value):
-        raise typer.BadParameter(f"{value} is no finite number.")
-    return value
-
-
 def chat(
     model: Annotated[str, typer.Option(help="A Hugging Face name, a folder, or 'pocket'.")] = "pocket",
     vector: Annotated[
@@ -554,13 +378,13 @@ def chat(
         int | None, typer.Option(min=0, help="Where vectors act; their middle layer, unless told.")
     ] = None,
     strength: Annotated[
-        float | None, typer.Option(callback=_finite, help="How strongly; 0 is plain, 1 unless told.")
+        float | None, typer.Option(callback=finite, help="How strongly; 0 is plain, 1 unless told.")
     ] = None,
     at: Annotated[
         str | None, typer.Option(help="The tokens that vectors act on, all unless told: as /at in the chat.")
     ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="The most tokens of an answer.")] = 256,
-    temp: Annotated[float, typer.Option(min=0, callback=_finite, help="The temperature; 0 is greedy.")] = 0.0,
+    temp: Annotated[float, typer.Option(min=0, callback=finite, help="The temperature; 0 is greedy.")] = 0.0,
     seed: Annotated[int | None, typer.Option(min=0, help="Of sampling; another for each answer, unless told.")] = None,
     system: Annotated[str, typer.Option(help="The system message.")] = "",
 ) -> None:
@@ -572,7 +396,7 @@ def chat(
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a byte that is no text must not end the chat
     screen, aside = Console(), Console(stderr=True)
-    place = "all" if at is None else _place(at)
+    place = "all" if at is None else position(at)
     sources = _sources([*(vector or ()), *([interventions] if interventions else [])], layer, at, model)
     if strength is not None and not sources:
         raise ValueError(f"--strength {strength:g} of what? Name something by --vector or --interventions.")
@@ -580,7 +404,7 @@ def chat(
     aside.print(literal(repr(talking.model), "bold"))
     if not talking.templated:
         aside.print(literal(f"{model} has no chat template: it goes on with your text as it stands."), soft_wrap=True)
-    with _remarks(aside):
+    with remarks(aside):
         for name, source in sources.items():
             talking.add(name, source, layer, strength, place)
     aside.print(literal("\n".join([*talking.words(), "/help lists the commands."])), soft_wrap=True)

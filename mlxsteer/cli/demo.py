@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 from mlxsteer import datasets
+from mlxsteer.cli.screen import bar
 from mlxsteer.extraction import extract
 from mlxsteer.model import InterpretableModel
 from mlxsteer.pairs import ContrastPair, in_split
@@ -24,15 +22,6 @@ from mlxsteer.vectors import SteeringVector
 STRENGTHS = (-2.0, -1.0, 0.0, 1.0, 2.0)
 POSITION = -1
 """The vector is added once, at the last prompt token."""
-
-
-@contextmanager
-def _bar(console: Console, what: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar with remaining time, on the error stream."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task(what, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
 def demo(
@@ -56,25 +45,23 @@ def demo(
     target = out if out is not None else Path(f"{behaviour.rsplit('/', 1)[-1]}.safetensors")
     if target.suffix != ".safetensors" or not target.absolute().parent.is_dir():
         raise ValueError(f"--out {target}: name a .safetensors file in a folder that exists.")
-    screen, progress = Console(quiet=as_json), Console(stderr=True)
+    screen = Console(quiet=as_json)
     own = f"pocket/{behaviour}"  # the bundled model has sets in its own language
     data = datasets.load(own if model == "pocket" and own in datasets.available() else behaviour)
     train, choose = in_split(data, "train")[:pairs], in_split(data, "choose")[:held_out]
     report = in_split(data, "report")[: 2 * held_out]
     loaded = InterpretableModel(model)
     screen.print(Text(repr(loaded), style="bold"))
-    with _bar(progress, f"activations of {len(train)} pairs, every layer") as step:
+    with bar(f"activations of {len(train)} pairs, every layer") as step:
         vector = extract(loaded, train, progress=step)
-    with _bar(
-        progress, f"{len(loaded.layers)} layers × {len(STRENGTHS)} strengths on {len(choose)} held-out pairs"
-    ) as (step):
+    with bar(f"{len(loaded.layers)} layers × {len(STRENGTHS)} strengths on {len(choose)} held-out pairs") as step:
         scan = sweep(loaded, vector, choose, strengths=STRENGTHS, at=POSITION, unit="raw", progress=step)
     layer, strength = scan.best()
     screen.print(scan)
-    with _bar(progress, f"layer {layer} at ±{strength:g} on {len(report)} pairs never looked at") as step:
+    with bar(f"layer {layer} at ±{strength:g} on {len(report)} pairs never looked at") as step:
         both = (-strength, 0.0, strength)
         final = sweep(loaded, vector, report, layers=[layer], strengths=both, at=POSITION, unit="raw", progress=step)
-    shown = _completions(loaded, vector, layer, strength, report, max_tokens, progress)
+    shown = _completions(loaded, vector, layer, strength, report, max_tokens)
     vector.save(target)
     if as_json:
         typer.echo(json.dumps(_as_data(loaded, behaviour, scan, final, layer, strength, shown, target), indent=2))
@@ -89,13 +76,12 @@ def _completions(
     strength: float,
     pairs: list[ContrastPair],
     max_tokens: int,
-    console: Console,
 ) -> list[dict[str, Any]]:
     """Completions of three prompts, steered down, not at all and up, in one batch per prompt."""
     prompts = list(dict.fromkeys(pair.prompt for pair in pairs if pair.prompt))[:3]
     steers = [vector.at(layer, -strength, at=POSITION), None, vector.at(layer, strength, at=POSITION)]
     shown = []
-    with _bar(console, "completions") as step:
+    with bar("completions") as step:
         for number, prompt in enumerate(prompts):
             texts = model.generate([prompt] * 3, steers, max_tokens=max_tokens)
             shown.append({"prompt": prompt, "minus": str(texts[0]), "plain": str(texts[1]), "plus": str(texts[2])})

@@ -1,0 +1,134 @@
+"""Options that mean the same in every command, and how what is typed is read."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from mlxsteer import datasets
+from mlxsteer.cli.sources import sets_for
+from mlxsteer.pairs import PairSet, nearest
+
+
+def finite(value: float | None) -> float | None:
+    """A number that is given is finite."""
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is no finite number.")
+    return value
+
+
+Model = Annotated[str, typer.Option(help="A Hugging Face name, a folder, or 'pocket'.")]
+Pairs = Annotated[str, typer.Option(help="A contrast set, such as sentiment, or a file of pairs.")]
+Layers = Annotated[str, typer.Option(help="Layers: all, or like 4 or 3,5 or 2:6.")]
+Strengths = Annotated[str, typer.Option(help="Strengths, with commas between them.")]
+At = Annotated[str, typer.Option(help="The tokens that are steered: all, prompt, generated, last, first, -1, 2:5.")]
+Unit = Annotated[str, typer.Option(help="residual: 1 is the layer's median norm; raw: 1 is the vector as it is.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object in place of tables.")]
+Seed = Annotated[int, typer.Option(min=0, help="Of everything that is drawn at random.")]
+
+
+def pairs_of(name: str, model: str) -> PairSet:
+    """The pairs of a file, or of a contrast set; the bundled model has some in its own language.
+
+    Raises:
+        FileNotFoundError: there is neither, with the nearest sets.
+    """
+    path = Path(name).expanduser()
+    own = f"pocket/{name}"
+    if path.is_file():
+        return datasets.read(path)
+    if model == "pocket" and own in datasets.available():
+        return datasets.load(own)
+    if name in datasets.available():
+        return datasets.load(name)
+    raise FileNotFoundError(
+        f"there is no file and no contrast set {name!r}. {nearest(name, sets_for(model), 'mlxsteer datasets')}"
+    )
+
+
+def layers_of(text: str) -> str | list[int]:
+    """``all``, or layers as they are typed: 4, 3,5 or 2:6 (without the last, as in Python).
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    if text.strip() == "all":
+        return "all"
+    found: list[int] = []
+    try:
+        for part in text.split(","):
+            first, colon, last = part.partition(":")
+            found += range(int(first or 0), int(last)) if colon else [int(part)]
+    except ValueError:
+        found = []
+    if not found:
+        raise ValueError(f"--layers {text}: layers are written all, or like 4 or 3,5 or 2:6.")
+    return list(dict.fromkeys(found))
+
+
+def unit_of(text: str) -> Literal["raw", "residual"]:
+    """The unit of strengths.
+
+    Raises:
+        ValueError: there is none of this name.
+    """
+    if text == "raw":
+        return "raw"
+    if text == "residual":
+        return "residual"
+    raise ValueError(f"--unit {text}: there are raw and residual.")
+
+
+def numbers_of(text: str, option: str) -> list[float]:
+    """Numbers with commas between them.
+
+    Raises:
+        ValueError: something else stands there.
+    """
+    try:
+        found = [float(part) for part in text.split(",")]
+    except ValueError:
+        found = [math.nan]
+    if not all(map(math.isfinite, found)):
+        raise ValueError(f"{option} {text}: numbers with commas between them, such as -1,0,1.")
+    return found
+
+
+def target(path: Path, ending: str, option: str) -> Path:
+    """A file that can be written, asked before any work is done.
+
+    Raises:
+        ValueError: it has another ending, or lies in no folder that exists.
+    """
+    if path.suffix != ending or not path.absolute().parent.is_dir() or path.is_dir():
+        raise ValueError(f"{option} {path}: name a {ending} file in a folder that exists.")
+    return path
+
+
+def picture(path: Path | None) -> Path | None:
+    """A picture's file, if one is wanted.
+
+    Raises:
+        ValueError: no kind of picture that can be drawn, or no folder that exists.
+        RuntimeError: there is no matplotlib.
+    """
+    if path is None:
+        return None
+    kinds = (".png", ".pdf", ".svg")
+    if path.suffix not in kinds or not path.absolute().parent.is_dir():
+        raise ValueError(f"--plot {path}: name a {', '.join(kinds)} file in a folder that exists.")
+    from importlib.util import find_spec
+
+    if find_spec("matplotlib") is None:
+        raise RuntimeError("--plot needs matplotlib: install mlxsteer[plot].")
+    return path
+
+
+def said(record: Any) -> None:
+    """Print one JSON object."""
+    import json
+
+    typer.echo(record if isinstance(record, str) else json.dumps(record, indent=2, ensure_ascii=False))

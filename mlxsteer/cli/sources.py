@@ -1,0 +1,195 @@
+"""What a command is given to steer with: a vector, a contrast set to compute one from, or a file of interventions."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import mlx.core as mx
+
+from mlxsteer import datasets
+from mlxsteer import interventions as iv
+from mlxsteer.extraction import extract
+from mlxsteer.interventions.base import Compose, Intervention
+from mlxsteer.interventions.files import FORMAT
+from mlxsteer.interventions.gates import When
+from mlxsteer.model import InterpretableModel
+from mlxsteer.pairs import PairSet, in_split, nearest
+from mlxsteer.positions import NAMES, At
+from mlxsteer.recommended import recommended
+from mlxsteer.steering import Steering
+from mlxsteer.vectors import SteeringVector
+
+Source: TypeAlias = "SteeringVector | PairSet | dict[str, Intervention]"
+"""What a steering is made of: a vector, the pairs to compute one from, or a file of interventions."""
+
+ENOUGH = 80
+"""A vector is computed from so many pairs of a contrast set: from here on it is usually reliable."""
+
+
+def opened(name: str, model: str) -> Source:
+    """What a file holds, or a bundled contrast set, of which the bundled model has some in its own language."""
+    path, sets = Path(name).expanduser(), datasets.available()
+    own = f"pocket/{name}" if model == "pocket" and f"pocket/{name}" in sets else name
+    if not path.exists() and own in sets:
+        return datasets.load(own)
+    if not path.exists():
+        try:
+            return SteeringVector.load(name)
+        except (FileNotFoundError, ConnectionError) as error:
+            near = difflib.get_close_matches(name.casefold(), sets_for(model), n=3)
+            more = f" Nearest contrast sets: {', '.join(near)}." if near else ""
+            raise type(error)(f"{error}{more}") from error
+    if path.suffix == ".json" and _conversation(path):
+        raise ValueError(f"{path} is a saved conversation, not a steering: what steers is saved as .safetensors.")
+    metadata: Any = {}
+    with suppress(RuntimeError, ValueError):  # of what is damaged, the vector's own reader says what it is
+        metadata = mx.load(str(path), return_metadata=True)[1] if path.suffix == ".safetensors" else {}  # type: ignore[index]
+    return iv.load(path) if FORMAT in metadata else SteeringVector.load(path)
+
+
+def sets_for(model: str) -> list[str]:
+    """The contrast sets as they are typed: those of the bundled model's own language without their folder, for it."""
+    own = [name.removeprefix("pocket/") for name in datasets.available() if name.startswith("pocket/")]
+    return list(dict.fromkeys([*own * (model == "pocket"), *datasets.available()]))
+
+
+def _conversation(path: Path) -> bool:
+    """Whether a file is what `/save` writes of a conversation."""
+    with suppress(OSError, ValueError):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return isinstance(found, dict) and "messages" in found
+    return False
+
+
+def _each(one: Intervention, by: float = 1.0, gate: str = "") -> Iterator[tuple[Intervention, float, str]]:
+    """The elementary interventions in one, each with the strength at which it acts, and what has to hold for it."""
+    by *= float(one.strength)
+    if isinstance(one, When):
+        yield from _each(one.then, by, f"{gate}, when {one.condition} (per {one.per})")
+    elif isinstance(one, Compose):
+        for step in one.steps:
+            yield from _each(step, by, gate)
+    else:
+        yield one, by, gate
+
+
+def position(text: str) -> At:
+    """A position as it is typed: a name, indices such as ``-1`` or ``0,1``, or a slice such as ``2:5``.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    if text in NAMES:
+        return text
+    number = "-?[0-9]{1,9}"
+    if re.fullmatch(f"{number}(,{number})*", text):
+        indices = [int(index) for index in text.split(",")]
+        return indices if len(indices) > 1 else indices[0]
+    if re.fullmatch(f"({number})?:({number})?", text):
+        return slice(*(int(end) if end else None for end in text.split(":")))
+    raise ValueError(f"a position is a name, or like -1 or 0,1 or 2:5, not {text!r}. {nearest(text, NAMES, '/help')}")
+
+
+def written(at: At) -> str:
+    """A position as `position` reads it, where it is a slice."""
+    if not isinstance(at, slice):
+        return repr(at)
+    ends = [at.start, at.stop] if at.step in (None, 1) else [at.start, at.stop, at.step]
+    return ":".join("" if end is None else str(end) for end in ends)
+
+
+@dataclass(frozen=True)
+class Named:
+    """A steering as a command is told it: what was loaded, and how it acts.
+
+    Attributes:
+        source: a vector, or interventions by key, which say themselves where they act.
+        layers: where a vector acts.
+        at: on which tokens a vector acts.
+        unit: of a vector's strength.
+        strength: 0 is plain; multiplies the vector, or the strengths in the file.
+        on: whether it acts.
+    """
+
+    source: SteeringVector | dict[str, Intervention]
+    layers: tuple[int, ...] = ()
+    strength: float = 1.0
+    on: bool = True
+    at: At = "all"
+    unit: Literal["raw", "residual"] = "raw"
+
+    def interventions(self) -> dict[str, Intervention]:
+        """The key dict that does it."""
+        if isinstance(self.source, SteeringVector):
+            return self.source.at(self.layers, self.strength, self.at, unit=self.unit)
+        return {key: Compose((one,), self.strength) for key, one in self.source.items()}
+
+    def acts(self) -> Iterator[tuple[str, str, str, str]]:
+        """Key, kind, strength and tokens of everything in it, in words."""
+        for key, one in self.interventions().items():
+            for part, strength, gate in _each(one):
+                when = f", {part.schedule}" if part.schedule is not None else ""
+                spans = f", not {part.exclude}" if part.exclude is not None else ""
+                yield key, part.name, f"{strength:g}", f"{written(part.at.written())}{when}{spans}{gate}"
+
+    def __str__(self) -> str:
+        told = "; ".join(f"{kind} at {key}, strength {s}, tokens {where}" for key, kind, s, where in self.acts())
+        return told if self.on else f"{told} (off)"
+
+    @classmethod
+    def made(
+        cls,
+        model: InterpretableModel,
+        source: Source,
+        layers: Sequence[int] = (),
+        strength: float | None = None,
+        at: At = "all",
+        unit: Literal["raw", "residual"] = "raw",
+        progress: Any = True,
+    ) -> Named:
+        """A steering of a model, checked.
+
+        Args:
+            model: what it is to steer.
+            source: a vector; the pairs to compute one from; or interventions by key.
+            layers: where a vector acts: unless told, where its pairs were measured to steer best, or in its middle.
+            strength: 1, unless told.
+            at: the tokens that a vector acts on.
+            unit: of the strength of a vector.
+            progress: of the extraction.
+
+        Raises:
+            ValueError: it is another model's, or has strengths for several rows.
+            KeyError: the vector lacks a layer, or the model a place.
+        """
+        if isinstance(source, PairSet):
+            layers = layers or _best_layer(model, source)
+            source = extract(model, in_split(source, "train")[:ENOUGH], progress=progress)
+        if isinstance(source, SteeringVector):
+            source.check(model)
+            layers = layers or (source.layers[len(source) // 2],)
+        return cls(source, tuple(layers), 1.0 if strength is None else strength, at=at, unit=unit).checked(model)
+
+    def checked(self, model: InterpretableModel) -> Named:
+        """The same, unless it doesn't fit the model."""
+        does = self.interventions()
+        Steering.of(model._sites, does)  # refuses what doesn't fit the model
+        if any(part.strengths is not None for each in does.values() for part in each.parts()):
+            raise ValueError("it has one strength per row of a batch, and this is a single row.")
+        return self
+
+
+def _best_layer(model: InterpretableModel, pairs: PairSet) -> tuple[int, ...]:
+    # Only the layer is taken: the strength that is recommended belongs to the tokens that it was measured at, and
+    # garbles answers that are steered at all of theirs.
+    with suppress(LookupError):
+        strengths = recommended(model, pairs.name).strengths
+        return (max(strengths, key=lambda layer: abs(strengths[layer])),)
+    return ()

@@ -1,0 +1,215 @@
+"""`mlxsteer extract`, `sweep`, `select`, `evaluate`: from contrast pairs to a steering, and what it does and costs."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from mlxsteer import interventions as iv
+from mlxsteer.cli.options import (
+    At,
+    Json,
+    Layers,
+    Model,
+    Pairs,
+    Seed,
+    Strengths,
+    Unit,
+    finite,
+    layers_of,
+    numbers_of,
+    pairs_of,
+    picture,
+    said,
+    target,
+    unit_of,
+)  # fmt: skip
+from mlxsteer.cli.screen import bar, literal, remarks
+from mlxsteer.cli.sources import Named, opened, position
+from mlxsteer.directions import available as methods
+from mlxsteer.evaluation import evaluate as evaluated
+from mlxsteer.extraction import extract as extracted
+from mlxsteer.model import InterpretableModel
+from mlxsteer.pairs import PairSet, in_split, nearest
+from mlxsteer.selection import select as selected
+from mlxsteer.sweep import sweep as swept
+from mlxsteer.vectors import SteeringVector
+
+_READS = ("last", "first", "mean", "all")
+
+
+def _read(text: str) -> str | int:
+    if text in _READS:
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"--read {text}: a name or an index such as -2. {nearest(text, _READS)}") from None
+
+
+def extract(
+    pairs: Pairs,
+    out: Annotated[Path, typer.Option(help="Where to save the vector, .safetensors.")],
+    model: Model = "pocket",
+    method: Annotated[str, typer.Option(help="How it is computed from the activations.")] = "mean_difference",
+    read: Annotated[str, typer.Option(help="The token that is read: last, first, mean, all or an index.")] = "last",
+    layers: Layers = "all",
+    chat: Annotated[bool, typer.Option(help="Prompts are a user's messages.")] = False,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Compute a steering vector from contrast pairs, those of the train split where there are splits."""
+    target(out, ".safetensors", "--out")
+    if method not in methods():
+        raise ValueError(f"--method {method}: there is none. {nearest(method, methods())}")
+    where, which, data = _read(read), layers_of(layers), pairs_of(pairs, model)
+    loaded = InterpretableModel(model)
+    with remarks(Console(stderr=True)), bar("activations") as step:
+        vector = extracted(
+            loaded, data, method=method, read=where, layers=which, chat=chat, seed=seed, progress=step
+        )  # fmt: skip
+    vector.save(out)
+    if as_json:
+        said({"vector": str(out), "model": loaded.name, "method": method, "layers": list(_rows(vector))})
+        return
+    screen = Console()
+    screen.print(literal(vector.describe()))
+    screen.print(literal(f"Saved: {out}"), soft_wrap=True)
+
+
+def _rows(vector: SteeringVector) -> Iterator[dict[str, Any]]:
+    """What is known of each layer's direction."""
+    tables = {"length": vector.norms, "residual_norm": vector.residual_norms, "agreement": vector.agreement,
+              "reliability": vector.reliability}  # fmt: skip
+    for layer in vector.layers:
+        known = {name: table.get(layer, math.nan) for name, table in tables.items()}
+        yield {"layer": layer} | {name: None if math.isnan(value) else value for name, value in known.items()}
+
+
+def sweep(
+    vector: Annotated[str, typer.Option(help="A vector's file.")],
+    pairs: Pairs,
+    model: Model = "pocket",
+    split: Annotated[str, typer.Option(help="The split whose pairs are measured, where there are splits.")] = "choose",
+    limit: Annotated[int, typer.Option(min=1, help="The most pairs.")] = 32,
+    layers: Layers = "all",
+    strengths: Strengths = "-1,-0.5,0,0.5,1",
+    unit: Unit = "residual",
+    at: At = "-1",
+    plot: Annotated[Path | None, typer.Option(help="Draw it: .png, .pdf or .svg.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Also write all of it as JSON.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Steer at each layer with each strength, and measure how far it moves held-out pairs."""
+    measure = unit_of(unit)
+    if out is not None:
+        target(out, ".json", "--out")
+    drawn, which, how, where = picture(plot), layers_of(layers), numbers_of(strengths, "--strengths"), position(at)
+    source, data = _vector(vector, model), in_split(pairs_of(pairs, model), split)[:limit]
+    loaded = InterpretableModel(model)
+    with remarks(Console(stderr=True)), bar(f"{len(data)} pairs × {len(how)} strengths") as step:
+        found = swept(
+            loaded, source, data, layers=which, strengths=how, at=where, unit=measure, progress=step
+        )  # fmt: skip
+    if out is not None:
+        found.to_json(out)
+    if drawn is not None:
+        found.plot(drawn)
+    if as_json:
+        said(found.to_json())
+    else:
+        Console().print(found)
+
+
+def _vector(name: str, model: str) -> SteeringVector:
+    source = opened(name, model)
+    if not isinstance(source, SteeringVector):
+        raise ValueError(f"--vector {name}: no vector; mlxsteer extract --pairs {name} computes one.")
+    return source
+
+
+def select(
+    pairs: Pairs,
+    out: Annotated[Path, typer.Option(help="Where to save what steers, for --steer; .safetensors.")],
+    model: Model = "pocket",
+    vector: Annotated[str | None, typer.Option(help="A vector's file; else it is computed on the train split.")] = None,
+    budget: Annotated[float, typer.Option(min=1e-6, help="Mean KL to the unsteered model on neutral text, nats.")] = (
+        0.3
+    ),
+    layers: Layers = "all",
+    at: At = "-1",
+    nulls: Annotated[int, typer.Option(min=0, help="Random vectors to hold the result against.")] = 20,
+    chat: Annotated[bool, typer.Option(help="Prompts are a user's messages.")] = False,
+    seed: Seed = 0,
+    plot: Annotated[Path | None, typer.Option(help="Draw it: .png, .pdf or .svg.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Choose layer and strength by what steering does on held-out pairs, at equal side effects."""
+    target(out, ".safetensors", "--out")
+    drawn, which, where = picture(plot), layers_of(layers), position(at)
+    source, data = None if vector is None else _vector(vector, model), pairs_of(pairs, model)
+    loaded = InterpretableModel(model)
+    with remarks(Console(stderr=True)), bar("choosing") as step:
+        choice = selected(
+            loaded, data, vector=source, budget={"kl_mean": budget}, layers=which, at=where, nulls=nulls, chat=chat,
+            seed=seed, progress=step,
+        )  # fmt: skip
+    iv.save(choice.interventions, out)
+    if drawn is not None:
+        choice.plot(drawn)
+    if as_json:
+        said(json.loads(choice.to_json()) | {"steer": str(out)})
+        return
+    screen = Console()
+    screen.print(choice)
+    screen.print(literal(choice.summary()), soft_wrap=True)
+    screen.print(literal(f"Saved: {out}. Use it: mlxsteer generate --model {model} --steer {out} 'your prompt'"),
+                 soft_wrap=True)  # fmt: skip
+
+
+def evaluate(
+    steer: Annotated[str, typer.Option(help="What steers: a saved steering, or a vector with --layer.")],
+    pairs: Pairs,
+    model: Model = "pocket",
+    layer: Annotated[str | None, typer.Option(help="Where a vector acts: 4 or 3,5.")] = None,
+    strength: Annotated[float | None, typer.Option(callback=finite, help="How strongly; 1 unless told.")] = None,
+    unit: Unit = "raw",
+    at: At = "-1",
+    instruction: Annotated[str | None, typer.Option(help="A sentence that asks for it, to compare with.")] = None,
+    nulls: Annotated[int, typer.Option(min=0, help="Random vectors to hold the result against.")] = 20,
+    chat: Annotated[bool, typer.Option(help="Prompts are a user's messages.")] = False,
+    seed: Seed = 0,
+    plot: Annotated[Path | None, typer.Option(help="Draw it: .png, .pdf or .svg.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure a steering on pairs that nothing was chosen on: effect, nulls, and what it costs on neutral text."""
+    measure = unit_of(unit)
+    drawn, where, which = picture(plot), position(at), [] if layer is None else layers_of(layer)
+    data, source = pairs_of(pairs, model), opened(steer, model)
+    if isinstance(source, PairSet):
+        raise ValueError(f"--steer {steer}: a contrast set; extract a vector, or select a steering, first.")
+    if isinstance(source, dict) and layer is not None:
+        raise ValueError(f"--layer {layer} says where a vector acts, and {steer} says itself where.")
+    loaded = InterpretableModel(model)
+    if which == "all" and isinstance(source, SteeringVector):
+        which = source.layers
+    with remarks(Console(stderr=True)), bar("measuring") as step:
+        named = Named.made(loaded, source, [n for n in which if isinstance(n, int)], strength, where, unit=measure)
+        found = evaluated(
+            loaded, named.interventions(), data, instruction=instruction, nulls=nulls, chat=chat, seed=seed,
+            vector=source if isinstance(source, SteeringVector) else None, progress=step,
+        )  # fmt: skip
+    if drawn is not None:
+        found.plot(drawn)
+    if as_json:
+        said(found.to_json())
+    else:
+        Console().print(found)
+        for warning in found.warnings:
+            Console().print(literal(f"Warning: {warning}", "yellow"), soft_wrap=True)

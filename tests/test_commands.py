@@ -1,0 +1,184 @@
+"""The commands do what the Python API does, and refuse in one sentence before any work."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlxsteer import InterpretableModel, SteeringVector, datasets, evaluate, extract, recommended, select, sweep
+from mlxsteer import interventions as iv
+from mlxsteer.cli import main
+
+PROMPT = "The food at the little place was"
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """A command's exit code and what it printed, out and aside; side effects are measured on three prompts."""
+    neutral = datasets.neutral
+    monkeypatch.setattr(datasets, "neutral", lambda model=None: neutral(model)[:3])
+
+    def command(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["mlxsteer", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        told = capsys.readouterr()
+        return int(ended.value.code or 0), told.out, told.err
+
+    return command
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of a few sentiment pairs in every split."""
+    data = datasets.load("pocket/sentiment")
+    path = tmp_path_factory.mktemp("few") / "few.jsonl"
+    datasets.write(
+        [pair for name, n in (("train", 12), ("choose", 6), ("report", 6)) for pair in data.split(name)[:n]], path
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def saved(few: Path, pocket: InterpretableModel) -> Path:
+    """A vector's file."""
+    return extract(pocket, datasets.read(few), progress=None).save(few.with_name("mood.safetensors"))
+
+
+def test_extract_saves_what_python_extracts(run: Run, few: Path, pocket: InterpretableModel, tmp_path: Path) -> None:
+    out = tmp_path / "é v.safetensors"
+    code, told, _ = run("extract", "--pairs", few, "--out", out, "--layers", "2:4,6", "--read", "-1",
+                        "--method", "pca_centre", "--json")  # fmt: skip
+    assert code == 0
+    vector = extract(pocket, datasets.read(few), layers=[2, 3, 6], read=-1, method="pca_centre", progress=None)
+    found = SteeringVector.load(out)
+    assert found.layers == [2, 3, 6]
+    assert all(mx.array_equal(found[layer], vector[layer]) for layer in found.layers)
+    rows = json.loads(told)["layers"]
+    assert [row["layer"] for row in rows] == [2, 3, 6]
+    assert rows[0]["length"] == pytest.approx(vector.norms[2])
+    assert rows[0]["residual_norm"] == pytest.approx(vector.residual_norms[2])
+    assert run("extract", "--pairs", few, "--out", out, "--layers", "3")[1].splitlines()[-1] == f"Saved: {out}"
+
+
+def test_sweep_prints_and_writes_what_python_sweeps(
+    run: Run, few: Path, saved: Path, pocket: InterpretableModel, tmp_path: Path
+) -> None:
+    out, plot = tmp_path / "sweep.json", tmp_path / "sweep.png"
+    asked = ("sweep", "--vector", saved, "--pairs", few, "--layers", "3,5", "--strengths", "-1,0,2", "--limit", "4")
+    code, told, _ = run(*asked, "--out", out, "--plot", plot, "--json")
+    assert code == 0
+    pairs = datasets.read(few).split("choose")[:4]
+    found = sweep(pocket, SteeringVector.load(saved), pairs, layers=[3, 5], strengths=[-1, 0, 2], progress=None)
+    for text in (told, out.read_text(encoding="utf-8")):
+        np.testing.assert_allclose(json.loads(text)["effect"], found.effect, atol=1e-4)
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    code, told, _ = run(*asked, "--unit", "raw")
+    assert code == 0
+    assert "strength" in told
+
+
+def test_select_saves_a_steering_that_generate_and_evaluate_take(
+    run: Run, few: Path, saved: Path, pocket: InterpretableModel, tmp_path: Path
+) -> None:
+    out = tmp_path / "steer.safetensors"
+    code, told, _ = run("select", "--pairs", few, "--vector", saved, "--out", out, "--layers", "4", "--nulls", "0",
+                        "--budget", "0.2", "--json")  # fmt: skip
+    assert code == 0
+    choice = select(pocket, datasets.read(few), vector=SteeringVector.load(saved), layers=[4], nulls=0,
+                    budget={"kl_mean": 0.2}, progress=None)  # fmt: skip
+    assert {int(n): s for n, s in json.loads(told)["strengths"].items()} == pytest.approx(choice.strengths)
+    steer = iv.load(out)
+    texts = json.loads(run("generate", PROMPT, "--steer", out, "--compare", "--max-tokens", "12", "--json")[1])
+    assert texts["steered"] == str(pocket.generate(PROMPT, steer, max_tokens=12))
+    assert texts["plain"] == str(pocket.generate(PROMPT, max_tokens=12)) != texts["steered"]
+    code, told, _ = run("evaluate", "--steer", out, "--pairs", few, "--nulls", "0", "--json")
+    found = evaluate(pocket, steer, datasets.read(few), nulls=0, progress=None)
+    assert json.loads(told)["shift"]["value"] == pytest.approx(found.shift.value, abs=1e-4)
+
+
+def test_generate_takes_vectors_sets_and_several(
+    run: Run, saved: Path, pocket: InterpretableModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules["mlxsteer.cli.generate"], "ENOUGH", 8)
+
+    def text(*arguments: Any) -> str:
+        code, told, _ = run("generate", PROMPT, "--max-tokens", "8", "--json", *arguments)
+        assert code == 0
+        return str(json.loads(told)["steered"])
+
+    vector = SteeringVector.load(saved)
+    for unit in ("raw", "residual"):
+        given = text("--steer", saved, "--layer", "3,4", "--strength", "-1", "--at", "-1", "--unit", unit)
+        steer = vector.at([3, 4], -1.0, at=-1, unit=unit)
+        assert given == str(pocket.generate(PROMPT, steer, max_tokens=8))
+    measured = recommended(pocket, "pocket/sentiment")
+    bundled = datasets.load("pocket/sentiment").split("train")[:8]
+    steer = measured.interventions(extract(pocket, bundled, progress=None))
+    assert text("--steer", "sentiment") == str(pocket.generate(PROMPT, steer, max_tokens=8))
+    twice = vector.at(4, 0.5, at=-1)
+    both = {key: one | one for key, one in twice.items()}
+    given = text("--steer", saved, "--steer", saved, "--layer", "4", "--strength", "0.5", "--at", "-1")
+    assert given == str(pocket.generate(PROMPT, both, max_tokens=8))
+    plain = json.loads(run("generate", PROMPT, "--steer", saved, "--strength", "0", "--max-tokens", "8", "--json")[1])
+    assert plain["plain"] == str(pocket.generate(PROMPT, max_tokens=8))
+
+
+def test_datasets_are_listed_shown_and_checked(run: Run, few: Path) -> None:
+    code, told, _ = run("datasets", "--json")
+    assert code == 0
+    assert [one["name"] for one in json.loads(told)] == datasets.available()
+    shown = json.loads(run("datasets", few, "--show", "2", "--check", "--json")[1])
+    assert (shown["pairs"], len(shown["shown"])) == (24, 2)
+    assert shown["splits"] == {"train": 12, "choose": 6, "report": 6}
+    assert len(shown["findings"]) == len(datasets.read(few).check().findings)
+    assert "sentiment" in run("datasets")[1]
+    assert "positive:" in run("datasets", "sentiment", "--show", "1")[1]
+    assert "two-option" not in run("datasets", few, "--check")[2]
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("extract --pairs sentimnt --out x.safetensors", "Nearest: sentiment"),
+        ("extract --pairs FEW --out x.bin", "name a .safetensors file"),
+        ("extract --pairs FEW --out no/x.safetensors", "in a folder that exists"),
+        ("extract --pairs FEW --out x.safetensors --layers 3-5", "like 4 or 3,5 or 2:6"),
+        ("extract --pairs FEW --out x.safetensors --layers 30", "there is no layer 30"),
+        ("extract --pairs FEW --out x.safetensors --method pca", "--method pca: there is none"),
+        ("extract --pairs FEW --out x.safetensors --read frist", "Nearest: first"),
+        ("sweep --vector nowhere --pairs FEW", "there is no file nowhere"),
+        ("sweep --vector sentiment --pairs FEW", "mlxsteer extract --pairs sentiment"),
+        ("sweep --vector SAVED --pairs FEW --strengths a,b", "--strengths a,b: numbers"),
+        ("sweep --vector SAVED --pairs FEW --unit norm", "there are raw and residual"),
+        ("sweep --vector SAVED --pairs FEW --plot x.bmp", "name a .png, .pdf, .svg file"),
+        ("sweep --vector SAVED --pairs FEW --at middle", "a position is a name"),
+        ("select --pairs FEW --out x.txt", "--out x.txt: name a .safetensors file"),
+        ("evaluate --steer sentiment --pairs FEW", "a contrast set; extract a vector"),
+        ("evaluate --steer SAVED --layer 30 --pairs FEW", "30"),
+        ("generate hi --strength 2", "name it by --steer"),
+        ("generate hi --steer SAVED --layer all", "name the layers"),
+        ("generate hi --model ./nowhere", "there is no folder ./nowhere"),
+        ("datasets nope", "mlxsteer datasets lists"),
+        ("datasets --check", "name a set or a file"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_one_sentence_and_exit_code_1(
+    command: str, message: str, run: Run, few: Path, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = command.replace("FEW", str(few)).replace("SAVED", str(saved)).split()
+    code, told, aside = run(*words)
+    assert (code, told) == (1, "")
+    assert aside.startswith("error: ")
+    assert message in aside
+    assert aside.count("\n") == 1
+    assert not list(tmp_path.iterdir())
