@@ -1,9 +1,13 @@
 """mlxsteer: read, steer and measure language models on MLX."""
 
 from mlxsteer import datasets, directions, interventions, measures
+from mlxsteer.adapters import Adapter, EmbeddingStays, export_adapter
+from mlxsteer.baked import Baked, BakedDiffers
+from mlxsteer.baking import bake
 from mlxsteer.caches import cache_history, fill_prompt_cache, load_prompt_cache, save_prompt_cache
 from mlxsteer.evaluation import Evaluation, evaluate
 from mlxsteer.extraction import estimate, extract, separation
+from mlxsteer.folding import CannotBake
 from mlxsteer.gating import GateFit, fit_gate
 from mlxsteer.generation import Generation, NotFinite, NothingTouched
 from mlxsteer.generation_sweep import GenerationSweep, generation_sweep
@@ -24,10 +28,15 @@ from mlxsteer.trace import LostWrite, Trace
 from mlxsteer.vectors import SteeringVector, VectorMismatchWarning, to_mean_norm
 
 __all__ = [
+    "Adapter",
+    "Baked",
+    "BakedDiffers",
+    "CannotBake",
     "Check",
     "Choice",
     "ContextLengthWarning",
     "ContrastPair",
+    "EmbeddingStays",
     "Evaluation",
     "GateFit",
     "Generation",
@@ -52,11 +61,13 @@ __all__ = [
     "VectorMismatchWarning",
     "activations",
     "after",
+    "bake",
     "cache_history",
     "datasets",
     "directions",
     "estimate",
     "evaluate",
+    "export_adapter",
     "extract",
     "fill_prompt_cache",
     "fit_gate",

@@ -80,6 +80,7 @@ class InterpretableModel:
     """
 
     def __init__(self, model: str | os.PathLike[str] | nn.Module, tokenizer: Any = None, **load: Any) -> None:
+        self._loaded_with: dict[str, Any] | None = None  # None for a module, which comes without a folder
         if isinstance(model, nn.Module):
             if load:
                 raise TypeError(f"{next(iter(load))}= goes to mlx_lm.load, and a module is loaded already.")
@@ -91,6 +92,7 @@ class InterpretableModel:
             )
         elif isinstance(model, (str, os.PathLike)):
             self.name = os.fspath(model)
+            self._loaded_with = load
             self.model, loaded = _load(self.name, load)
             self.tokenizer = tokenizer if tokenizer is not None else loaded
         else:

@@ -147,8 +147,13 @@ class Ablate(Intervention):
         self._cache["basis"] = _orthonormal(self.directions, "ablate: directions")
         super().__post_init__()
 
+    @property
+    def basis(self) -> mx.array:
+        """R̂: an orthonormal basis of what is taken out, (k, D), float32."""
+        return self._cache["basis"]
+
     def formula(self, x: mx.array, strength: float | mx.array, where: Where) -> mx.array:
-        wide, basis = x.astype(mx.float32), self._cache["basis"]
+        wide, basis = x.astype(mx.float32), self.basis
         return wide - strength * ((wide @ basis.T) @ basis)
 
 
