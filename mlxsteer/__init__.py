@@ -5,6 +5,7 @@ from mlxsteer.adapters import Adapter, EmbeddingStays, export_adapter
 from mlxsteer.baked import Baked, BakedDiffers
 from mlxsteer.baking import bake
 from mlxsteer.caches import cache_history, fill_prompt_cache, load_prompt_cache, save_prompt_cache
+from mlxsteer.control_vectors import CannotExport, ControlVector, export_control_vector
 from mlxsteer.evaluation import Evaluation, evaluate
 from mlxsteer.extraction import estimate, extract, separation
 from mlxsteer.folding import CannotBake
@@ -32,10 +33,12 @@ __all__ = [
     "Baked",
     "BakedDiffers",
     "CannotBake",
+    "CannotExport",
     "Check",
     "Choice",
     "ContextLengthWarning",
     "ContrastPair",
+    "ControlVector",
     "EmbeddingStays",
     "Evaluation",
     "GateFit",
@@ -68,6 +71,7 @@ __all__ = [
     "estimate",
     "evaluate",
     "export_adapter",
+    "export_control_vector",
     "extract",
     "fill_prompt_cache",
     "fit_gate",

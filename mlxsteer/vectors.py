@@ -477,21 +477,38 @@ class SteeringVector:
 
     # -- files -------------------------------------------------------------------------------------------------------
 
-    def save(self, path: str | Path) -> Path:
+    def save(
+        self,
+        path: str | Path,
+        *,
+        strengths: int | Sequence[int] | Mapping[int, float] | Literal["all"] | None = None,
+        unit: Literal["raw", "residual"] = "raw",
+    ) -> Path:
         """Write the vector as one file, whole or not at all, in the format that the path's suffix says.
 
         - ``.safetensors`` holds everything.
-        - ``.gguf`` is a control vector for llama.cpp and repeng: of the residual stream, without layer 0.
+        - ``.gguf`` is a control vector for llama.cpp and repeng: of the residual stream, without layer 0. Its
+          ``direction.N`` is our layer N, and ``--control-vector-scaled FILE:s`` does what ``at(layers, strength=s)``
+          does: x' = x + s·v at every token.
         - ``.npz`` and ``.npy`` hold the directions alone: an array for each layer, or a matrix with a row for each.
           What is read back has no residual norms, so that ``unit="residual"`` is refused, and no info, so that it isn't
           checked whether it is another model's, but for its layers and width.
+
+        Args:
+            path: a file name.
+            strengths: fold strengths in: layer → strength, or the layers to keep at strength 1, as `at` takes them.
+                The file then holds s·v for these layers alone, which is what ``at(strengths, unit=unit)`` adds. None
+                for the vector as it is.
+            unit: ``"raw"``, or ``"residual"``: the strengths count in the layers' residual norms. Given with strengths.
 
         Returns:
             the path.
 
         Raises:
             TypeError: the path is no path.
-            ValueError: nothing is written under this suffix, it is a folder, or its format can't hold the vector.
+            KeyError: the vector lacks a layer that the strengths name.
+            ValueError: nothing is written under this suffix, it is a folder, or its format can't hold the vector; the
+                strengths are no strengths, or all 0.
             FileNotFoundError: there is no such folder.
 
         Warns:
@@ -499,7 +516,24 @@ class SteeringVector:
         """
         from mlxsteer import formats
 
-        return formats.save(self, path)
+        return formats.save(self if strengths is None and unit == "raw" else self._folded(strengths, unit), path)
+
+    def _folded(self, strengths: Any, unit: Literal["raw", "residual"]) -> SteeringVector:
+        """What `at` adds at these strengths, as a vector to add at strength 1."""
+        if strengths is None:
+            raise ValueError(f"unit={unit!r} says in what strengths count, and there are none: give strengths=.")
+        made: Any = self.at(strengths, unit=unit)
+        by_key = {self.key(layer): layer for layer in self.layers}
+        folded = {
+            by_key[key]: _times(one.vector if self.positions is None else one.vectors, float(one.strength))
+            for key, one in made.items()
+            if one.strength
+        }
+        if not folded:
+            raise ValueError(f"strengths={strengths!r} are all 0: there is nothing to save.")
+        kept = self.only(list(folded))
+        told = {str(by_key[key]): float(one.strength) for key, one in made.items() if one.strength}
+        return SteeringVector(folded, self.site, kept.residual_norms, {**kept.info, "folded": told, "unit": unit})
 
     @classmethod
     def load(

@@ -1,7 +1,10 @@
 """GGUF control vectors, as llama.cpp steers with them and repeng writes them.
 
 ``direction.N`` belongs to the output of block N, counted from 0 as everywhere in this package: it is our ``layers.N``,
-with nothing added or taken away. Read in their sources:
+with nothing added or taken away. At scale s (``--control-vector-scaled FILE:s``; 1 for ``--control-vector``) llama.cpp
+computes x' = x + s·direction.N there, at every token of prompt and answer: ``vector.at(layers, strength=s)``. Several
+files add up. Unless ``--control-vector-layer-range A B`` (both inclusive, same numbers) says otherwise, all blocks that
+have a direction are steered. Read in their sources:
 
 - llama.cpp (ggml-org/llama.cpp): `common_control_vector_load_one` in ``common/common.cpp`` lays ``direction.N`` at
   ``n_embd · (N − 1)``, `llama_adapter_cvec::apply` in ``src/llama-adapter.cpp`` gives block ``il`` what lies at
