@@ -17,6 +17,7 @@ from mlxsteer.pair_checks import Check
 from mlxsteer.pairs import ContrastPair, PairSet
 from mlxsteer.plans import NeverFired
 from mlxsteer.positions import PositionError, after
+from mlxsteer.publishing import push_to_hub
 from mlxsteer.reading import activations, mean_activations
 from mlxsteer.recommended import Recommendation, recommended
 from mlxsteer.refusal import RefusalDirection, select_refusal_direction
@@ -80,6 +81,7 @@ __all__ = [
     "load_prompt_cache",
     "mean_activations",
     "measures",
+    "push_to_hub",
     "recommended",
     "save_prompt_cache",
     "select",

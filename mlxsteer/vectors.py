@@ -543,6 +543,7 @@ class SteeringVector:
         model: InterpretableModel | None = None,
         revision: str | None = None,
         filename: str | None = None,
+        token: str | None = None,
     ) -> SteeringVector:
         """Read a vector from a file, a folder, or a repository of the Hugging Face Hub. Nothing is unpickled.
 
@@ -555,6 +556,7 @@ class SteeringVector:
             model: the model that it is for, to `check` that it belongs to it.
             revision: a repository's branch, tag or commit.
             filename: which file of a folder or repository; by default ``vector.safetensors``, or the only vector in it.
+            token: of a user who may read a repository; None for the one that is logged in.
 
         Raises:
             TypeError: the path is no path, or the model no model.
@@ -570,31 +572,49 @@ class SteeringVector:
 
         if model is not None:
             check_model(model)
-        vector = formats.load(path, revision=revision, filename=filename)
+        vector = formats.load(path, revision=revision, filename=filename, token=token)
         if model is not None:
             vector._check(model, stacklevel=3)
         return vector
 
     def push_to_hub(
-        self, repository: str, *, private: bool = False, commit_message: str = "Add a steering vector"
+        self,
+        repository: str,
+        *,
+        private: bool = False,
+        revision: str | None = None,
+        token: str | None = None,
+        commit_message: str = "Add a steering vector",
+        licence: str | None = None,
+        measured: str | None = None,
     ) -> str:
         """Write the vector and a model card into a repository of the Hugging Face Hub, made if it isn't there.
+
+        `mlxsteer.push_to_hub` also takes files, baked folders, adapters, and what `select` chose.
 
         Args:
             repository: ``"user/repo"``. Its ``vector.safetensors`` and ``README.md`` are written anew.
             private: whether a repository that is made is private.
+            revision: a branch, made if it isn't there; None for the main one.
+            token: of a user who may write there; None for the one that is logged in.
             commit_message: what the commit says.
+            licence: an identifier for the card, such as ``"mit"``.
+            measured: what the vector was measured to do, in words, for the card.
 
         Returns:
             the repository's address.
 
         Raises:
-            FileNotFoundError: there is no such user or organization, or you may not write there.
+            PermissionError: nobody is logged in, or who is may not write there.
+            FileNotFoundError: there is no such user or organization.
             ConnectionError: the Hub can't be reached, or refuses.
         """
         from mlxsteer import formats
 
-        return formats.push(self, repository, private=private, commit_message=commit_message)
+        return formats.push(
+            self, repository, private=private, revision=revision, token=token, commit_message=commit_message,
+            licence=licence, measured=measured,
+        )  # fmt: skip
 
 
 def _norms(norms: Any) -> dict[int, float]:

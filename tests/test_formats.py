@@ -843,7 +843,7 @@ class FakeHub:
         self.root, self.asked, self.made = root, [], []  # type: ignore[var-annotated]
         self.error: Exception | None = None
 
-    def download(self, repository: str, filename: str, *, revision: str | None = None) -> str:
+    def download(self, repository: str, filename: str, *, revision: str | None = None, token: str | None = None) -> str:
         self.asked.append((repository, filename, revision))
         if self.error is not None:
             raise self.error
@@ -867,7 +867,7 @@ class FakeHub:
         (self.root / repository).mkdir(parents=True, exist_ok=exist_ok)
         return f"https://hub/{repository}"  # type: ignore[return-value]
 
-    def upload_folder(self, *, repo_id: str, folder_path: str, commit_message: str) -> None:
+    def upload_folder(self, *, repo_id: str, folder_path: str, commit_message: str, **_: Any) -> None:
         shutil.copytree(folder_path, self.root / repo_id, dirs_exist_ok=True)
 
 
@@ -875,7 +875,7 @@ class FakeHub:
 def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeHub:
     made = FakeHub(tmp_path / "hub")
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", made.download)
-    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: made)
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda token=None: made)
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     return made
@@ -977,10 +977,12 @@ def test_repositories_and_revisions_that_are_not_there_are_named(fake: FakeHub) 
 
 def test_the_hub_is_asked_with_its_own_signatures() -> None:
     """The fakes above take what the library's functions take."""
-    assert {"revision"} <= set(inspect.signature(huggingface_hub.hf_hub_download).parameters)
+    assert {"revision", "token"} <= set(inspect.signature(huggingface_hub.hf_hub_download).parameters)
     api = huggingface_hub.HfApi
     for function, names in [(api.list_repo_files, {"revision"}), (api.create_repo, {"private", "exist_ok"}),
-                            (api.upload_folder, {"repo_id", "folder_path", "commit_message"})]:  # fmt: skip
+                            (api.create_branch, {"branch", "exist_ok"}),
+                            (api.upload_folder, {"repo_id", "folder_path", "commit_message", "revision",
+                                                  "delete_patterns"})]:  # fmt: skip
         assert names <= set(inspect.signature(function).parameters)
     assert hub.NAME == "vector.safetensors"
     assert SteeringVector({0: mx.ones(1)}).site == arrays.RESIDUAL

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import gguf
+import hub_server
+import huggingface_hub
 import mlx.core as mx
+import mlx_lm
 import numpy as np
 import pytest
 from mlx_lm.models.base import create_attention_mask
@@ -173,3 +178,186 @@ def test_strengths_that_can_not_be_folded_are_refused(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
     each = SteeringVector({1: mx.ones((3, 4))})
     assert SteeringVector.load(each.save(tmp_path / "e.npz", strengths={1: 2.0}))[1].tolist() == [[2.0] * 4] * 3
+
+
+# -- the Hub ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[hub_server.Hub]:
+    """A Hub on loopback, asked by huggingface_hub itself; a writer is logged in."""
+    with hub_server.serving() as server:
+        constants = huggingface_hub.constants
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setenv("HF_TOKEN", hub_server.WRITER)
+        (tmp_path / "here").mkdir()
+        monkeypatch.chdir(tmp_path / "here")
+        yield server
+
+
+def card_of(server: hub_server.Hub, name: str, branch: str = "main") -> str:
+    return server.repositories[name][branch]["README.md"].decode()
+
+
+def test_a_vector_goes_to_a_branch_of_the_hub_and_comes_back_from_it(hub: hub_server.Hub) -> None:
+    v = directions(1, 4)
+    address = ms.push_to_hub(v, "me/mood", private=True, commit_message="First")
+    assert address == f"{hub.url}/me/mood"
+    assert hub.private == {"me/mood"}
+    (2 * v).push_to_hub("me/mood", revision="twice", licence="mit", measured="It moves reviews by 3 nats.")
+    assert set(hub.repositories["me/mood"]["twice"]) == {"vector.safetensors", "README.md"}
+    assert hub.messages == ["First", "Add a steering vector"]
+    assert near(SteeringVector.load("me/mood")[4], v[4])
+    assert near(SteeringVector.load("me/mood", revision="twice")[4], 2 * v[4])
+    assert near(SteeringVector.load("me/mood", revision="twice", token=hub_server.READER)[4], 2 * v[4])
+    told = card_of(hub, "me/mood", "twice").splitlines()
+    for line in ('license: "mit"', "It moves reviews by 3 nats.", "## Measured effect", "## Licence", "## Use"):
+        assert line in told, line
+    assert "Not measured. Which layer" in card_of(hub, "me/mood")
+    assert "## Responsible use" not in told
+
+
+def test_files_are_pushed_as_the_vector_that_they_hold(hub: hub_server.Hub) -> None:
+    v = directions(1, 4)
+    ms.push_to_hub(v.save("v.npz"), "me/plain")
+    assert near(SteeringVector.load("me/plain")[4], v[4])
+    ms.push_to_hub(v.save("v.gguf"), "me/control")
+    assert set(hub.repositories["me/control"]["main"]) == {"vector.gguf", "README.md"}
+    assert hub.repositories["me/control"]["main"]["vector.gguf"] == Path("v.gguf").read_bytes()
+    assert near(SteeringVector.load("me/control")[4], v[4])
+    assert "llama-cli -m MODEL.gguf --control-vector-scaled vector.gguf:1" in card_of(hub, "me/control")
+
+
+def test_what_was_chosen_is_pushed_with_its_evidence(pocket: InterpretableModel, hub: hub_server.Hub) -> None:
+    whole = ms.datasets.load("pocket/sentiment")
+    pairs = ms.PairSet([pair for split in ("train", "choose", "report") for pair in whole.split(split)[:4]])
+    choice = ms.select(pocket, pairs, layers=[4], neutral=["Here is a short story."], tokens=4, nulls=2)
+    ms.push_to_hub(choice, "me/mood")
+    told = card_of(hub, "me/mood")
+    assert choice.summary().splitlines()[1] in told
+    code = told.split("```python\n")[1].split("```")[0]
+    names: dict[str, Any] = {}
+    exec(
+        compile(code.replace("InterpretableModel(", "(lambda name: MODEL)("), "card", "exec"), {"MODEL": pocket}, names
+    )
+    assert isinstance(names["vector"], SteeringVector)
+    assert f"{{4: {round(choice.strength, 6)}}}" in code
+
+
+@pytest.fixture(scope="module")
+def baked(pocket: InterpretableModel, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("baked")
+    steer = {"layers.4": iv.add_vector(mx.full((256,), 0.1), 2.0)}
+    gone = {"layers.3.mlp": iv.ablate(mx.ones((256,)))}
+    return {
+        "steer": steer,
+        "baked": ms.bake(pocket, steer, folder / "baked"),
+        "adapter": ms.export_adapter(pocket, gone, folder / "adapter"),
+        "gone": gone,
+    }
+
+
+def test_a_baked_folder_is_run_from_the_hub_by_plain_mlx_lm(
+    pocket: InterpretableModel, baked: dict[str, Any], hub: hub_server.Hub
+) -> None:
+    hub.repositories["me/cheerful"] = {"main": {"model-00001-of-00002.safetensors": b"old", "notes.txt": b"kept"}}
+    (baked["baked"].path / ".secret").write_text("x")
+    ms.push_to_hub(baked["baked"], "me/cheerful", licence="mit")
+    there = hub.repositories["me/cheerful"]["main"]
+    assert {"config.json", "model.safetensors", "tokenizer.json", "mlxsteer.json", "notes.txt"} <= set(there)
+    assert not {"model-00001-of-00002.safetensors", ".secret"} & set(there)
+    model, tokenizer = mlx_lm.load("me/cheerful", revision="main")[:2]
+    logits = model(mx.array([tokenizer.encode(PROMPT)]))
+    assert mx.abs(logits - hooked(pocket, baked["steer"])).max().item() < 1e-3
+    told = card_of(hub, "me/cheerful")
+    for line in ("add_vector ×2", "differ from the hooked model's by", 'mlx_lm.load("me/cheerful")', "Not measured."):
+        assert line in told, line
+    assert "## Responsible use" not in told
+    assert "# mood" not in told
+    assert "# cheerful" in told
+
+
+def test_an_adapter_goes_to_the_hub_with_a_note_on_what_ablation_may_do(
+    baked: dict[str, Any], hub: hub_server.Hub
+) -> None:
+    ms.push_to_hub(str(baked["adapter"].path), "me/gone")
+    there = hub.repositories["me/gone"]["main"]
+    assert {"adapters.safetensors", "adapter_config.json", "mlxsteer.json", "README.md"} == set(there)
+    told = card_of(hub, "me/gone")
+    assert 'adapter_path=snapshot_download("me/gone")' in told
+    assert "## Responsible use" in told
+    assert "answers what it was trained to refuse" in told
+    folder = huggingface_hub.snapshot_download("me/gone")
+    assert json.loads((Path(folder) / "mlxsteer.json").read_text())["kind"] == "adapter"
+
+
+def test_a_vector_of_refusal_has_a_note_on_responsible_use(hub: hub_server.Hub) -> None:
+    SteeringVector({3: mx.ones(4)}, info={"method": "refusal direction", "model": "org/chat"}).push_to_hub("me/no")
+    told = card_of(hub, "me/no")
+    assert "## Responsible use" in told
+    assert 'base_model: "org/chat"' in told
+
+
+def test_what_is_no_folder_of_ours_is_not_pushed(baked: dict[str, Any], hub: hub_server.Hub, tmp_path: Path) -> None:
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain" / "config.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match=r"plain holds no mlxsteer\.json, so it is no folder that ms\.bake"):
+        ms.push_to_hub(tmp_path / "plain", "me/x")
+    record = baked["baked"].path / "mlxsteer.json"
+    damaged = {
+        "{": "is damaged",
+        '{"version": 9, "kind": "baked", "edits": []}': "of version 9",
+        '{"version": 1, "kind": "x", "edits": []}': "is damaged",
+        record.read_text(): r"lacks model\*\.safetensors: it is no complete baked folder",
+    }
+    for text, said in damaged.items():
+        (tmp_path / "plain" / "mlxsteer.json").write_text(text)
+        with pytest.raises(ValueError, match=said):
+            ms.push_to_hub(tmp_path / "plain", "me/x")
+    with pytest.raises(FileNotFoundError, match="there is no file or folder"):
+        ms.push_to_hub(tmp_path / "none", "me/x")
+    with pytest.raises(TypeError, match=r"a SteeringVector, a Choice, or the path .* not dict"):
+        ms.push_to_hub(directions(1).at(1), "me/x")
+    with pytest.raises(TypeError, match="measured= is a text"):
+        ms.push_to_hub(directions(1), "me/x", measured=3)
+    plan = ms.ControlVector(None, directions(1))
+    with pytest.raises(FileNotFoundError, match="nothing was written yet"):
+        ms.push_to_hub(plan, "me/x")
+    assert hub.repositories == {}
+
+
+def test_what_the_hub_refuses_is_one_sentence(hub: hub_server.Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    v = directions(1)
+    with pytest.raises(PermissionError, match=r"can't write to 'me/x': the token doesn't allow .* `hf auth login`"):
+        v.push_to_hub("me/x", token=hub_server.READER)
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(
+        PermissionError, match=r"can't write to 'me/x': nobody is logged in, .* or give token=\."
+    ) as one:
+        v.push_to_hub("me/x")
+    assert "\n" not in str(one.value)
+    assert hub.repositories == {}
+    v.push_to_hub("me/x", token=hub_server.WRITER, private=True)
+    with pytest.raises(FileNotFoundError, match="no such repository, unless it is private"):
+        SteeringVector.load("me/x")
+    assert SteeringVector.load("me/x", token=hub_server.READER).layers == [1]
+    with pytest.raises(FileNotFoundError, match="no such repository, unless it is private"):
+        SteeringVector.load("me/none", token=hub_server.READER)
+    with pytest.raises(FileNotFoundError, match="it has no revision 'v9'"):
+        SteeringVector.load("me/x", revision="v9", token=hub_server.READER)
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        SteeringVector.load("me/x", filename="none.npz", token=hub_server.READER)
+    with pytest.raises(ValueError, match="of the form 'user/repo'"):
+        v.push_to_hub("a/b/c", token=hub_server.WRITER)
+
+
+def test_a_hub_that_is_not_there_is_one_sentence(hub: hub_server.Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(ConnectionError, match="can't write to 'me/x': .* can't be reached, or refuses") as caught:
+        directions(1).push_to_hub("me/x")
+    assert "\n" not in str(caught.value)

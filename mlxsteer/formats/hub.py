@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -16,20 +15,28 @@ from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
+    LocalTokenNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 
 from mlxsteer.formats import own
+from mlxsteer.formats.cards import vector_card
 from mlxsteer.vectors import SteeringVector
 
 NAME = "vector.safetensors"
 _NETWORK: tuple[Any, ...] = (*HfHubHTTPError.__bases__, OSError)
 """What a failed request may raise: the HTTP library's errors, from which the Hub's are derived, or the system's."""
 
+_LOG_IN = "log in by `hf auth login`, or give token="
+
 
 def fetch(
-    repository: str, choose: Callable[[list[str]], str], revision: str | None = None, filename: str | None = None
+    repository: str,
+    choose: Callable[[list[str]], str],
+    revision: str | None = None,
+    filename: str | None = None,
+    token: str | None = None,
 ) -> Path:
     """Download a vector's file.
 
@@ -38,54 +45,105 @@ def fetch(
         choose: given the names of the repository's files, the vector's; asked where there is no ``vector.safetensors``.
         revision: a branch, tag or commit.
         filename: the file; None to look for it.
+        token: of a user who may read it; None for the one that is logged in.
 
     Returns:
         its path here.
 
     Raises:
         FileNotFoundError: there is no such repository, revision or file.
+        PermissionError: the token isn't valid.
         ConnectionError: the Hub can't be reached, or refuses.
     """
+
+    def download(name: str) -> Path:
+        return Path(huggingface_hub.hf_hub_download(repository, name, revision=revision, token=token))
+
     with _said(f"read {repository!r}, which is no path here", revision):
         try:
-            path = Path(huggingface_hub.hf_hub_download(repository, filename or NAME, revision=revision))
+            path = download(filename or NAME)
         except EntryNotFoundError as error:
             if filename is not None or isinstance(error, LocalEntryNotFoundError):
                 raise
-            names = huggingface_hub.HfApi().list_repo_files(repository, revision=revision)
+            names = huggingface_hub.HfApi(token=token).list_repo_files(repository, revision=revision)
             filename = choose(names)
-            path = Path(huggingface_hub.hf_hub_download(repository, filename, revision=revision))
+            path = download(filename)
         if other := {".pt": ".json", ".json": ".pt"}.get(path.suffix):  # a vector of rotalabs-steer is in two files
-            twin = str(Path(filename or NAME).with_suffix(other))
-            huggingface_hub.hf_hub_download(repository, twin, revision=revision)
+            download(str(Path(filename or NAME).with_suffix(other)))
         return path
 
 
-def push(
-    vector: SteeringVector, repository: str, *, private: bool = False, commit_message: str = "Add a steering vector"
+def upload(
+    folder: Path,
+    repository: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    token: str | None = None,
+    commit_message: str,
+    replaced: Sequence[str] = (),
 ) -> str:
-    """Write a vector and a model card into a repository, which is made if it isn't there.
+    """Write the files of a folder into a repository, which is made if it isn't there.
+
+    Args:
+        folder: its files go to the repository's top.
+        repository: ``"user/repo"``.
+        private: whether a repository that is made is private.
+        revision: a branch, made if it isn't there; None for the main one.
+        token: of a user who may write there; None for the one that is logged in.
+        commit_message: what the commit says.
+        replaced: patterns of files there that go, unless they are written anew.
 
     Returns:
         the repository's address.
 
     Raises:
-        FileNotFoundError: there is no such user or organization, or you may not write there.
+        PermissionError: nobody is logged in, or who is may not write there.
+        FileNotFoundError: there is no such user or organization.
         ConnectionError: the Hub can't be reached, or refuses.
+    """
+    with _said(f"write to {repository!r}", revision, "write"):
+        api = huggingface_hub.HfApi(token=token)
+        address = api.create_repo(repository, private=private, exist_ok=True)
+        if revision is not None:
+            api.create_branch(repository, branch=revision, exist_ok=True)
+        api.upload_folder(
+            repo_id=repository,
+            folder_path=folder,
+            commit_message=commit_message,
+            revision=revision,
+            delete_patterns=list(replaced) or None,
+        )
+    return str(address)
+
+
+def push(
+    vector: SteeringVector,
+    repository: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    token: str | None = None,
+    commit_message: str = "Add a steering vector",
+    **card: Any,
+) -> str:
+    """Write a vector and a model card into a repository, which is made if it isn't there; see `upload`.
+
+    Args:
+        vector, repository, private, revision, token, commit_message: as there.
+        card: what else the card says; see `vector_card`.
     """
     vector = replace(vector)  # what load would refuse is refused here
     with tempfile.TemporaryDirectory() as folder:
         own.write(vector, Path(folder) / NAME)
-        (Path(folder) / "README.md").write_text(card(vector, repository), "utf-8")
-        with _said(f"write to {repository!r}"):
-            api = huggingface_hub.HfApi()
-            address = api.create_repo(repository, private=private, exist_ok=True)
-            api.upload_folder(repo_id=repository, folder_path=folder, commit_message=commit_message)
-    return str(address)
+        (Path(folder) / "README.md").write_text(vector_card(vector, repository, **card), "utf-8")
+        return upload(
+            Path(folder), repository, private=private, revision=revision, token=token, commit_message=commit_message
+        )
 
 
 @contextmanager
-def _said(what: str, revision: str | None = None) -> Iterator[None]:
+def _said(what: str, revision: str | None = None, verb: str = "read") -> Iterator[None]:
     """The Hub's errors in one sentence each."""
     try:
         yield
@@ -104,43 +162,13 @@ def _said(what: str, revision: str | None = None) -> Iterator[None]:
         ) from error
     except EntryNotFoundError as error:
         raise FileNotFoundError(f"can't {what}: the repository has no such file.") from error
+    except LocalTokenNotFoundError as error:
+        raise PermissionError(f"can't {what}: {_LOG_IN}.") from error
     except _NETWORK as error:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status == 401:
+            raise PermissionError(f"can't {what}: nobody is logged in, or the token isn't valid; {_LOG_IN}.") from error
+        if status == 403:
+            raise PermissionError(f"can't {what}: the token doesn't allow you to {verb} there; {_LOG_IN}.") from error
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ConnectionError(f"can't {what}: the Hugging Face Hub can't be reached, or refuses: {reason}") from error
-
-
-def card(vector: SteeringVector, repository: str) -> str:
-    """The model card of a vector: what it is, where it comes from, how it is used."""
-    info = dict(vector.info)
-    model = info.get("model")
-    meta = ["library_name: mlxsteer", "tags:", "- steering-vector", "- activation-steering", "- mlx"]
-    if isinstance(model, str) and model.count("/") == 1:
-        meta.append(f"base_model: {json.dumps(model)}")  # a JSON text is a YAML text, whatever is in it
-    layers = f"{len(vector)}, from {vector.layers[0]} to {vector.layers[-1]}" if len(vector) > 1 else vector.layers[0]
-    facts = {"layers with a direction": layers, "width": vector.width, "site": vector.site}
-    rows = [f"| {_cell(name)} | {_cell(value)} |" for name, value in {**facts, **info}.items()]
-    shape = "one direction for each layer" if vector.positions is None else "a direction for each position and layer"
-    origin = f", computed on {_cell(model)}" if model else ""
-    middle = vector.layers[len(vector) // 2]
-    return "\n".join(
-        [
-            "---", *meta, "---", "",
-            f"# {repository.rsplit('/', 1)[-1]}", "",
-            f"A steering vector{origin}: {shape}, to add to the model's activations while it runs.", "",
-            "| | |", "|---|---|", *rows, "",
-            "## Use", "",
-            "```python",
-            "from mlxsteer import InterpretableModel, SteeringVector", "",
-            f"model = InterpretableModel({json.dumps(model) if isinstance(model, str) else '...'})",
-            f"vector = SteeringVector.load({json.dumps(repository)})",
-            f'print(model.generate("The food was", interventions=vector.at({middle}, strength=1.0)))',
-            "```", "",
-            "Which layer and which strength steer well is to be measured: `mlxsteer.sweep` shows it.", "",
-        ]
-    )  # fmt: skip
-
-
-def _cell(value: object) -> str:
-    """A value in one cell of a table."""
-    text = " ".join(str(value).split()).replace("|", "\\|").replace("<", "&lt;")
-    return text if len(text) <= 200 else text[:200] + "…"

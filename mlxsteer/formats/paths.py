@@ -49,7 +49,9 @@ def save(vector: SteeringVector, path: str | Path) -> Path:
     return WRITERS[_suffix(target, WRITERS, "saved as")](vector, target)
 
 
-def load(source: str | Path, *, revision: str | None = None, filename: str | None = None) -> SteeringVector:
+def load(
+    source: str | Path, *, revision: str | None = None, filename: str | None = None, token: str | None = None
+) -> SteeringVector:
     """Read a vector from a file, a folder or a Hugging Face repository; what exists here is never looked for there.
 
     Args:
@@ -57,6 +59,7 @@ def load(source: str | Path, *, revision: str | None = None, filename: str | Non
             ``user`` here and no revision is named.
         revision: the branch, tag or commit of a repository.
         filename: which file of a folder or repository; by default ``vector.safetensors``, or the only vector in it.
+        token: of a user who may read a repository; None for the one that is logged in.
 
     Raises:
         TypeError: the source is no path.
@@ -75,7 +78,7 @@ def load(source: str | Path, *, revision: str | None = None, filename: str | Non
         return _read(path)
     repository = isinstance(source, str) and path.suffix not in READERS and _REPOSITORY.fullmatch(source)
     if repository and (revision is not None or not path.parent.is_dir()):
-        return _read(hub.fetch(str(source), lambda names: chosen(names, source), revision, filename))
+        return _read(hub.fetch(str(source), lambda names: chosen(names, source), revision, filename, token))
     beside = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
     near = [name for name in beside if Path(name).suffix in READERS and Path(name).stem in (path.name, path.stem)]
     if near := near or difflib.get_close_matches(path.name, beside, n=3):
