@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,13 @@ import mlx_lm
 import numpy as np
 import pytest
 from mlx_lm.models.base import create_attention_mask
+from mlx_lm.models.cache import make_prompt_cache
 
 import mlxsteer as ms
 from mlxsteer import InterpretableModel, SteeringVector
 from mlxsteer import interventions as iv
+from mlxsteer.cli import main
+from mlxsteer.refusal import RefusalCandidate, RefusalDirection
 
 PROMPT = "The food was"
 
@@ -361,3 +365,188 @@ def test_a_hub_that_is_not_there_is_one_sentence(hub: hub_server.Hub, monkeypatc
     with pytest.raises(ConnectionError, match="can't write to 'me/x': .* can't be reached, or refuses") as caught:
         directions(1).push_to_hub("me/x")
     assert "\n" not in str(caught.value)
+
+
+# -- the command line ------------------------------------------------------------------------------------------------
+
+
+class Shell:
+    """`mlxsteer` as it is typed, in a folder of its own."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        self.monkeypatch, self.capsys = monkeypatch, capsys
+
+    def __call__(self, *arguments: str, code: int = 0) -> str:
+        """What it prints; of an error, what it says."""
+        self.monkeypatch.setattr(sys, "argv", ["mlxsteer", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        out, said = self.capsys.readouterr()
+        assert int(ended.value.code or 0) == code, said
+        if code:
+            assert said.count("error: ") == 1
+            assert "Traceback" not in said
+        return said if code else out
+
+
+@pytest.fixture
+def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Shell:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    return Shell(monkeypatch, capsys)
+
+
+def test_a_vector_is_baked_from_the_shell(pocket: InterpretableModel, shell: Shell) -> None:
+    v = directions(2, 4)
+    v.save("v.safetensors")
+    planned = shell("bake", "--vector", "v.safetensors", "--layer", "4", "--strength", "2", "--to", "new", "--dry-run")
+    assert "layers.4.mlp.down_proj: add_vector ×2" in planned
+    assert "nothing written (dry run)" in planned
+    assert not Path("new").exists()
+    data = json.loads(
+        shell("bake", "--vector", "v.safetensors", "--layer", "4", "--strength", "2", "--to", "new", "--json")
+    )
+    assert (data["path"], data["edits"]) == ("new", ["layers.4.mlp.down_proj: add_vector ×2"])
+    model, tokenizer = mlx_lm.load("new")[:2]
+    logits = model(mx.array([tokenizer.encode(PROMPT)]))
+    assert mx.abs(logits - hooked(pocket, v.at(4, 2.0))).max().item() < 1e-3
+    assert "new is there already and not empty: name another folder, or --overwrite" in shell(
+        "bake", "--vector", "v.safetensors", "--to", "new", code=1
+    )
+    iv.save({"layers.2": iv.add_vector(v[2], 0.5)}, "steer.safetensors")
+    shown = shell("bake", "--interventions", "steer.safetensors", "--to", "new", "--overwrite")
+    assert "layers.2.mlp.down_proj: add_vector ×0.5" in shown
+    assert "Written: new. Run it: mlx_lm.generate --model new" in shown
+
+
+def test_ablations_are_exported_as_an_adapter_from_the_shell(pocket: InterpretableModel, shell: Shell) -> None:
+    gone = {"layers.3.mlp": iv.ablate(mx.ones((256,)))}
+    iv.save(gone, "gone.safetensors")
+    planned = shell("export", "--interventions", "gone.safetensors", "--to", "adapter", "--dry-run")
+    assert "Nothing written (dry run)." in planned
+    assert not Path("adapter").exists()
+    shown = shell("export", "--interventions", "gone.safetensors", "--to", "adapter")
+    assert "layers.3.mlp.down_proj: ablate ×1" in shown
+    assert "Written: adapter. Use it: mlx_lm.generate --model" in shown
+    model, tokenizer = mlx_lm.load(str(ms.pocket.FOLDER), adapter_path="adapter")[:2]
+    logits = model(mx.array([tokenizer.encode(PROMPT)]))
+    assert mx.abs(logits - hooked(pocket, gone)).max().item() < 1e-3
+    direction = RefusalDirection(
+        directions(3), -1, gone, (RefusalCandidate(3, -1, -1.0, 1.0, 0.01, True),), (1.0, -1.0), (1.0, -1.0, -1.0, 1.0)
+    )
+    direction.to_json("refusal.json")
+    data = json.loads(shell("export", "--interventions", "refusal.json", "--to", "other", "--json"))
+    assert (data["format"], data["rank"], data["edits"]) == ("adapter", 1, ["layers.3.mlp.down_proj: ablate ×1"])
+    assert "refusal.json: a refusal direction" in shell("inspect", "refusal.json")
+
+
+def test_vectors_are_exported_in_every_format_from_the_shell(shell: Shell) -> None:
+    v = directions(1, 4)
+    v.save("v.safetensors")
+    shown = shell("export", "--vector", "v.safetensors", "--to", "v.gguf")
+    assert "llama-cli -m MODEL.gguf --control-vector-scaled v.gguf:1" in shown
+    rows = {tensor.name: tensor.data for tensor in gguf.GGUFReader("v.gguf").tensors}
+    assert near(rows["direction.1"], v[1])
+    assert near(rows["direction.4"], v[4])
+    for suffix in ("npz", "safetensors", "gguf"):
+        shell("export", "--vector", "v.safetensors", "--layer", "4", "--strength", "-2", "--to", f"two.{suffix}")
+        two = SteeringVector.load(f"two.{suffix}")
+        assert two.layers == [4]
+        assert near(two[4], -2 * v[4])
+    assert "two.npz is there already" in shell("export", "--vector", "v.safetensors", "--to", "two.npz", code=1)
+    shell("export", "--vector", "v.safetensors", "--to", "two.npz", "--overwrite")
+    assert SteeringVector.load("two.npz").layers == [1, 4]
+    iv.save({"layers.4": [iv.add_vector(v[4]), iv.add_vector(v[1])]}, "steer.safetensors")
+    data = json.loads(shell("export", "--interventions", "steer.safetensors", "--to", "sum.gguf", "--json"))
+    assert (data["path"], data["format"], data["layers"]) == ("sum.gguf", "gguf", [4])
+    assert near(SteeringVector.load("sum.gguf")[4], v[4] + v[1])
+    before = sorted(Path().iterdir())
+    for to in ("dry.gguf", "dry.npz"):
+        assert "Nothing written (dry run)." in shell("export", "--vector", "v.safetensors", "--to", to, "--dry-run")
+    assert sorted(Path().iterdir()) == before
+
+
+def test_what_can_not_be_taken_away_is_said_in_one_sentence_from_the_shell(shell: Shell) -> None:
+    directions(1, 4).save("v.safetensors")
+    iv.save({"layers.4": iv.add_vector(V, at="last")}, "last.safetensors")
+    wrong = {
+        ("bake", "--to", "x"): "nothing is named to take away: give --vector or --interventions",
+        ("bake", "--vector", "v.safetensors", "--to", "x", "--strength", "0"): "--strength 0 is the plain model",
+        ("bake", "--vector", "v.safetensors", "--to", "x", "--layer", "3"): "v.safetensors has no direction there",
+        ("bake", "--vector", "v.safetensors", "--to", "x", "--at", "lst"): "Nearest: last",
+        ("bake", "--vector", "v.safetensors", "--to", "x", "--at", "last"): "weights act on every token",
+        ("bake", "--vector", "v.safetensors", "--to", "no/x"): "there is no folder no",
+        ("bake", "--interventions", "last.safetensors", "--to", "x"): "at='last'",
+        ("export", "--vector", "v.safetensors", "--to", "x.ggf"): "Nearest: .gguf",
+        ("export", "--vector", "v.safetensors", "--to", "x", "--format", "gguff"): "Nearest: gguf",
+        ("export", "--vector", "v.safetensors", "--to", "x", "--format", "npz"): "a npz file's name ends in .npz",
+        ("export", "--vector", "v.safetensors", "--to", "x"): "can't be exported as an adapter: layers.4.mlp.down_proj",
+        ("export", "--vector", "v.safetensors", "--to", "x.gguf", "--at", "last"): "leave --at out",
+        ("export", "--interventions", "last.safetensors", "--to", "x.gguf"): "llama.cpp adds it at every token",
+        ("export", "--interventions", "last.safetensors", "--to", "x.npz"): "--format npz holds one vector",
+        ("inspect", "v.safetensor"): "Nearest: v.safetensors",
+    }
+    before = sorted(Path().iterdir())
+    for arguments, sentence in wrong.items():
+        assert sentence in shell(*arguments, code=1), arguments
+    assert sorted(Path().iterdir()) == before
+    assert shell_usage(shell, "bake", "--vector", "v.safetensors") == 2
+    assert shell_usage(shell, "inspect") == 2
+
+
+def shell_usage(shell: Shell, *arguments: str) -> int:
+    shell.monkeypatch.setattr(sys, "argv", ["mlxsteer", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    return int(ended.value.code or 0)
+
+
+def test_inspect_says_what_is_in_everything_of_ours(
+    pocket: InterpretableModel, baked: dict[str, Any], shell: Shell
+) -> None:
+    v = directions(1, 4)
+    for suffix in ("safetensors", "gguf", "npz"):
+        v.save(f"v.{suffix}")
+        assert f"v.{suffix}: a steering vector\nSteeringVector(2 layers, 1 to 4, of width 256)" in shell(
+            "inspect", f"v.{suffix}"
+        )
+    data = json.loads(shell("inspect", "v.safetensors", "--json"))
+    assert (data["layers"], data["width"], data["residual_norms"]) == ([1, 4], 256, {"1": 4.0, "4": 7.0})
+    gate = iv.when(iv.cosine(V) > 0.25, iv.add_vector(V, 0.5, at="last"))
+    iv.save({"layers.4": [gate, iv.ablate(V)]}, "steer.safetensors")
+    said = shell("inspect", "steer.safetensors")
+    assert "add_vector at layers.4, strength 0.5, tokens 'last', when" in said
+    assert "ablate at layers.4, strength 1, tokens 'all'" in said
+    data = json.loads(shell("inspect", "steer.safetensors", "--json"))
+    assert [one["intervention"] for one in data["interventions"]] == ["add_vector", "ablate"]
+    cache = make_prompt_cache(pocket.model)
+    pocket.generate(PROMPT, baked["steer"], max_tokens=2, prompt_cache=cache)
+    ms.save_prompt_cache("cache.safetensors", cache, {"what": "a start"})
+    said = shell("inspect", "cache.safetensors")
+    assert "a prompt cache\n8 layers, 1 rows\nwhat: a start" in said
+    assert "add_vector at layers.4 ×2" in said
+    folder = baked["baked"].path
+    for name in (folder, folder / "mlxsteer.json", folder / "model.safetensors"):
+        said = shell("inspect", str(name))
+        assert ": a baked model\nof pocket, for plain mlx-lm" in said
+        assert "- layers.4.mlp.down_proj: add_vector ×2" in said
+        assert "differ from the hooked model's by" in said
+    data = json.loads(shell("inspect", str(baked["adapter"].path), "--json"))
+    assert (data["kind"], data["base_model"], data["rank"]) == ("an adapter", "pocket", 1)
+
+
+def test_inspect_says_what_is_not_ours(shell: Shell, tmp_path: Path) -> None:
+    assert "a model's folder, with nothing baked in by mlxsteer\nmodel_type: llama" in shell(
+        "inspect", str(ms.pocket.FOLDER)
+    )
+    Path("lora").mkdir()
+    Path("lora/adapter_config.json").write_text('{"fine_tune_type": "lora", "lora_parameters": {"rank": 8}}')
+    assert "not made by mlxsteer\nfine_tune_type: lora\nrank: 8" in shell("inspect", "lora")
+    Path("talk.json").write_text('{"model": "pocket", "messages": [{}, {}], "steering": ["mood: on"]}')
+    assert "a conversation\nwith pocket, 2 messages\nmood: on" in shell("inspect", "talk.json")
+    mx.save_safetensors("other.safetensors", {"a": mx.ones(2)})
+    assert "holds 1 tensors, and is no vector" in shell("inspect", "other.safetensors", code=1)
+    Path("half.safetensors").write_bytes(b"x" * 9)
+    assert "no complete safetensors file" in shell("inspect", "half.safetensors", code=1)
+    Path("half.json").write_text("{")
+    assert "no complete JSON file" in shell("inspect", "half.json", code=1)

@@ -83,3 +83,20 @@ def test_computing_a_vector_and_finding_where_and_how_much(pocket: Interpretable
     with pytest.warns(UserWarning, match="layer 0"):
         vector.save(tmp_path / "sentiment.gguf")
     assert ms.SteeringVector.load(tmp_path / "sentiment.safetensors", model=model).layers == vector.layers
+
+
+def test_taking_it_away(pocket: InterpretableModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = pocket
+    monkeypatch.chdir(tmp_path)
+    vector = ms.extract(model, ms.datasets.load("pocket/sentiment").split("train")[:8])
+    steer = vector.at(4)
+    vector.save("sentiment.safetensors")
+    with pytest.warns(UserWarning, match="layer 0"):
+        vector.save("sentiment.gguf")
+    ms.bake(model, steer, "sentiment-llama/")
+    plain, tokenizer = mlx_lm.load("sentiment-llama")[:2]
+    baked = mlx_lm.generate(plain, tokenizer, prompt="The food was", max_tokens=8)
+    assert baked == model.generate("The food was", interventions=steer, max_tokens=8)
+    assert baked != model.generate("The food was", max_tokens=8)
+    for name in ("sentiment.safetensors", "sentiment.gguf"):
+        assert mx.array_equal(ms.SteeringVector.load(name, model=model)[4], vector[4])

@@ -9,10 +9,12 @@ import typer
 from rich.console import Console
 
 from mlxsteer.cli.chat import chat
+from mlxsteer.cli.contents import inspect
 from mlxsteer.cli.contrast_sets import datasets
 from mlxsteer.cli.demo import demo
 from mlxsteer.cli.generate import generate
 from mlxsteer.cli.screen import sentence
+from mlxsteer.cli.take_away import bake, export
 from mlxsteer.cli.workflow import evaluate, extract, select, sweep
 
 app = typer.Typer(
@@ -21,7 +23,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for command in (demo, datasets, extract, sweep, select, evaluate, generate, chat):
+for command in (demo, datasets, extract, sweep, select, evaluate, generate, chat, bake, export, inspect):
     app.command()(command)
 
 

@@ -21,9 +21,9 @@ from rich.table import Table
 from rich.text import Text
 
 from mlxsteer import interventions as iv
-from mlxsteer.cli.options import finite
+from mlxsteer.cli.options import Model, Steer, finite
 from mlxsteer.cli.screen import literal, remarks, sentence
-from mlxsteer.cli.sources import Named, Source, opened, position
+from mlxsteer.cli.sources import Named, Source, opened, position, sources_of
 from mlxsteer.interventions.base import Intervention
 from mlxsteer.interventions.files import as_json
 from mlxsteer.model import InterpretableModel
@@ -351,28 +351,9 @@ def talk(chat: Chat, screen: Console, aside: Console) -> None:
         screen.print()
 
 
-def _sources(names: Sequence[str], layer: int | None, at: str | None, model: str) -> dict[str, Source]:
-    """What the command line names, by name; read before the model is, so that a wrong name costs no time."""
-    made: dict[str, Source] = {}
-    for name in names:
-        stem = Path(name).stem
-        if stem in made:
-            raise ValueError(f"two files are called {stem}; in the chat, /load FILE NAME says what to call one.")
-        source = made[stem] = opened(name, model)
-        if isinstance(source, SteeringVector) and layer is not None and layer not in source.layers:
-            raise ValueError(f"--layer {layer}: {name} has no direction there; it has {source.layers}.")
-    if all(isinstance(source, dict) for source in made.values()):
-        for option, value in (("--layer", layer), ("--at", at)):
-            if value is not None:
-                raise ValueError(f"{option} {value} says where a vector acts: name one by --vector.")
-    return made
-
-
 def chat(
-    model: Annotated[str, typer.Option(help="A Hugging Face name, a folder, or 'pocket'.")] = "pocket",
-    vector: Annotated[
-        list[str] | None, typer.Option(help="A vector's file, or a contrast set; may be repeated.")
-    ] = None,
+    model: Model = "pocket",
+    vector: Steer = None,
     interventions: Annotated[str | None, typer.Option(help="A file of interventions.")] = None,
     layer: Annotated[
         int | None, typer.Option(min=0, help="Where vectors act; their middle layer, unless told.")
@@ -397,7 +378,7 @@ def chat(
             stream.reconfigure(errors="replace")  # a byte that is no text must not end the chat
     screen, aside = Console(), Console(stderr=True)
     place = "all" if at is None else position(at)
-    sources = _sources([*(vector or ()), *([interventions] if interventions else [])], layer, at, model)
+    sources = sources_of([*(vector or ()), *([interventions] if interventions else [])], layer, at, model)
     if strength is not None and not sources:
         raise ValueError(f"--strength {strength:g} of what? Name something by --vector or --interventions.")
     talking = Chat(InterpretableModel(model), system, max_tokens, temp, seed)

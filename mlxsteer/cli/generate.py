@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from mlxsteer.cli.options import Json, Model, Unit, finite, layers_of, said, unit_of
+from mlxsteer.cli.options import Json, Model, Steer, Unit, finite, layers_of, said, unit_of
 from mlxsteer.cli.screen import literal, remarks
 from mlxsteer.cli.sources import ENOUGH, Named, Source, opened, position
 from mlxsteer.extraction import extract
@@ -20,10 +20,7 @@ from mlxsteer.recommended import recommended
 def generate(
     prompt: Annotated[str, typer.Argument(help="The text to go on from; - reads it from the standard input.")],
     model: Model = "pocket",
-    steer: Annotated[
-        list[str] | None,
-        typer.Option(help="What steers: a saved steering, a vector, or a contrast set; may be repeated."),
-    ] = None,
+    steer: Steer = None,
     layer: Annotated[
         str | None, typer.Option(help="Where vectors act, 4 or 3,5; their middle layer, unless told.")
     ] = None,

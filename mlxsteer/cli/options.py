@@ -21,6 +21,14 @@ def finite(value: float | None) -> float | None:
 
 
 Model = Annotated[str, typer.Option(help="A Hugging Face name, a folder, or 'pocket'.")]
+Steer = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--steer",
+        "--vector",
+        help="What steers: a saved steering, a vector's file, or a contrast set; may be repeated.",
+    ),
+]
 Pairs = Annotated[str, typer.Option(help="A contrast set, such as sentiment, or a file of pairs.")]
 Layers = Annotated[str, typer.Option(help="Layers: all, or like 4 or 3,5 or 2:6.")]
 Strengths = Annotated[str, typer.Option(help="Strengths, with commas between them.")]

@@ -23,6 +23,7 @@ from mlxsteer.model import InterpretableModel
 from mlxsteer.pairs import PairSet, in_split, nearest
 from mlxsteer.positions import NAMES, At
 from mlxsteer.recommended import recommended
+from mlxsteer.refusal import RefusalDirection
 from mlxsteer.steering import Steering
 from mlxsteer.vectors import SteeringVector
 
@@ -46,7 +47,10 @@ def opened(name: str, model: str) -> Source:
             near = difflib.get_close_matches(name.casefold(), sets_for(model), n=3)
             more = f" Nearest contrast sets: {', '.join(near)}." if near else ""
             raise type(error)(f"{error}{more}") from error
-    if path.suffix == ".json" and _conversation(path):
+    told = _told(path) if path.suffix == ".json" else {}
+    if "ablation" in told:
+        return RefusalDirection.from_json(path).ablation
+    if "messages" in told:
         raise ValueError(f"{path} is a saved conversation, not a steering: what steers is saved as .safetensors.")
     metadata: Any = {}
     with suppress(RuntimeError, ValueError):  # of what is damaged, the vector's own reader says what it is
@@ -60,12 +64,12 @@ def sets_for(model: str) -> list[str]:
     return list(dict.fromkeys([*own * (model == "pocket"), *datasets.available()]))
 
 
-def _conversation(path: Path) -> bool:
-    """Whether a file is what `/save` writes of a conversation."""
-    with suppress(OSError, ValueError):
+def _told(path: Path) -> dict[str, Any]:
+    """What a JSON file holds, where it is a dict, as those of a conversation and of a refusal direction."""
+    with suppress(OSError, ValueError, RecursionError):
         found = json.loads(path.read_text(encoding="utf-8"))
-        return isinstance(found, dict) and "messages" in found
-    return False
+        return found if isinstance(found, dict) else {}
+    return {}
 
 
 def _each(one: Intervention, by: float = 1.0, gate: str = "") -> Iterator[tuple[Intervention, float, str]]:
@@ -193,3 +197,20 @@ def _best_layer(model: InterpretableModel, pairs: PairSet) -> tuple[int, ...]:
         strengths = recommended(model, pairs.name).strengths
         return (max(strengths, key=lambda layer: abs(strengths[layer])),)
     return ()
+
+
+def sources_of(names: Sequence[str], layer: int | None, at: str | None, model: str) -> dict[str, Source]:
+    """What the command line names, by name; read before the model is, so that a wrong name costs no time."""
+    made: dict[str, Source] = {}
+    for name in names:
+        stem = Path(name).stem
+        if stem in made:
+            raise ValueError(f"two files are called {stem}; in the chat, /load FILE NAME says what to call one.")
+        source = made[stem] = opened(name, model)
+        if isinstance(source, SteeringVector) and layer is not None and layer not in source.layers:
+            raise ValueError(f"--layer {layer}: {name} has no direction there; it has {source.layers}.")
+    if all(isinstance(source, dict) for source in made.values()):
+        for option, value in (("--layer", layer), ("--at", at)):
+            if value is not None:
+                raise ValueError(f"{option} {value} says where a vector acts: name one by --vector.")
+    return made

@@ -107,7 +107,7 @@ def folder_card(
         "too.", "",
         *_measured(measured, ""),
         "## How exact it is", "",
-        *(f"- {fact}" for fact in _exactness(record)), "",
+        *(f"- {fact}" for fact in exactness(record)), "",
         *_use(code),
     ]  # fmt: skip
     tags = ("mlx", "activation-steering", *(("lora",) if adapter else ()))
@@ -115,7 +115,7 @@ def folder_card(
     return _card(repository, "mlx", tags, base, licence, lines, note, pipeline="text-generation", relation=relation)
 
 
-def _exactness(record: Mapping[str, Any]) -> list[str]:
+def exactness(record: Mapping[str, Any]) -> list[str]:
     """What was measured of the edit itself."""
     found = []
     if isinstance(told := record.get("comparison"), Mapping):

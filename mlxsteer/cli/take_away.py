@@ -1,0 +1,214 @@
+"""`mlxsteer bake` and `mlxsteer export`: a steering for programs that don't have this package."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from mlxsteer import pocket
+from mlxsteer.adapters import export_adapter
+from mlxsteer.baking import bake as bake_model
+from mlxsteer.cli.chat import Chat
+from mlxsteer.cli.options import Model, Steer, finite
+from mlxsteer.cli.screen import literal, remarks
+from mlxsteer.cli.sources import Source, position, sources_of
+from mlxsteer.control_vectors import export_control_vector
+from mlxsteer.folders import target_folder
+from mlxsteer.formats.paths import WRITERS
+from mlxsteer.interventions.files import as_json
+from mlxsteer.model import InterpretableModel
+from mlxsteer.pairs import hint
+from mlxsteer.vectors import SteeringVector
+
+FORMATS = ("adapter", *(suffix[1:] for suffix in WRITERS))
+
+Interventions = Annotated[str | None, typer.Option(help="A file of interventions.")]
+Layer = Annotated[int | None, typer.Option(min=0, help="Where vectors act; their middle layer, unless told.")]
+Strength = Annotated[float | None, typer.Option(callback=finite, help="How strongly; 1 unless told.")]
+At = Annotated[str | None, typer.Option(help="The tokens that vectors act on; weights act on all.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be written, and write nothing.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there already.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object in place of words.")]
+
+
+def bake(
+    to: Annotated[Path, typer.Option(help="The folder to make.")],
+    model: Model = "pocket",
+    vector: Steer = None,
+    interventions: Interventions = None,
+    layer: Layer = None,
+    strength: Strength = None,
+    at: At = None,
+    dry_run: DryRun = False,
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> None:
+    """Write a model folder with a steering in its weights, which plain mlx-lm and LM Studio run.
+
+    Additions become biases and ablations edited weights; what no weights can do is refused, with the reason. What is
+    written is compared with the hooked model before it gets its name.
+    """
+    screen, aside = Console(quiet=json), Console(stderr=True)
+    sources = _sources(vector, interventions, layer, strength, at, model)
+    with _option_named(), remarks(aside):
+        target_folder(to, overwrite)
+        chat = _loaded(sources, model, layer, strength, at)
+        _say(chat, screen)
+        with aside.status("baking"):
+            report = bake_model(chat.model, chat.steering() or {}, to, overwrite=overwrite, dry_run=dry_run)
+    if json:
+        typer.echo(as_json({"path": None if dry_run else str(to), **report.data()}))
+        return
+    screen.print(literal("\n".join([*report.edits, str(report)])), soft_wrap=True)
+    if not dry_run:
+        screen.print(literal(f"Written: {to}. Run it: mlx_lm.generate --model {to} --prompt '...'"), soft_wrap=True)
+
+
+def export(
+    to: Annotated[Path, typer.Option(help="The folder or file to make.")],
+    model: Model = "pocket",
+    vector: Steer = None,
+    interventions: Interventions = None,
+    layer: Annotated[
+        int | None, typer.Option(min=0, help="Where vectors act; in a vector's file, all their layers unless told.")
+    ] = None,
+    strength: Strength = None,
+    at: At = None,
+    form: Annotated[
+        str | None,
+        typer.Option("--format", help=f"One of {', '.join(FORMATS)}.", show_default="by the suffix of --to"),
+    ] = None,
+    dry_run: DryRun = False,
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> None:
+    """Write a steering as an adapter for plain mlx-lm, a control vector for llama.cpp, or a vector's file.
+
+    A folder becomes an adapter, and .gguf a control vector. A single vector is written with its layers and strength
+    folded in, or as it is, at all its layers, where neither is told.
+    """
+    screen, aside = Console(quiet=json), Console(stderr=True)
+    form = _format(form, to)
+    if form != "adapter" and to.exists() and not overwrite:
+        raise FileExistsError(f"{to} is there already: name another file, or --overwrite.")
+    sources = _sources(vector, interventions, layer, strength, at, model)
+    with _option_named(), remarks(aside), tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / to.name if dry_run else to
+        data: dict[str, Any]
+        if form == "adapter":
+            target_folder(to, overwrite)
+            chat = _loaded(sources, model, layer, strength, at)
+            _say(chat, screen)
+            adapter = export_adapter(chat.model, chat.steering() or {}, target, overwrite=overwrite)
+            said = "\n".join([*adapter.edits, str(adapter)])
+            data = {"edits": list(adapter.edits), "rank": adapter.rank, "bytes": adapter.bytes}
+            base = pocket.FOLDER if model == "pocket" else model
+            use = f"mlx_lm.generate --model {base} --adapter-path {to} --prompt '...'"
+        else:
+            made = _file(form, target, sources, model, layer, strength, at, dry_run=dry_run)
+            said = repr(made)
+            data = {"layers": made.layers, "width": made.width, "norms": made.norms}
+            use = (
+                f"llama-cli -m MODEL.gguf --control-vector-scaled {to}:1"
+                if form == "gguf"
+                else f"mlxsteer.SteeringVector.load({str(to)!r})"
+            )
+    if json:
+        typer.echo(as_json({"path": None if dry_run else str(to), "format": form, **data}))
+        return
+    screen.print(literal(said), soft_wrap=True)
+    screen.print(literal("Nothing written (dry run)." if dry_run else f"Written: {to}. Use it: {use}"), soft_wrap=True)
+
+
+def _sources(
+    vector: Sequence[str] | None,
+    interventions: str | None,
+    layer: int | None,
+    strength: float | None,
+    at: str | None,
+    model: str,
+) -> dict[str, Source]:
+    names = [*(vector or ()), *([interventions] if interventions else [])]
+    if not names:
+        raise ValueError("nothing is named to take away: give --vector or --interventions.")
+    if strength == 0:
+        raise ValueError("--strength 0 is the plain model: there is nothing to write.")
+    if at is not None:
+        position(at)
+    return sources_of(names, layer, at, model)
+
+
+def _loaded(sources: dict[str, Source], model: str, layer: int | None, strength: float | None, at: str | None) -> Chat:
+    """The model, with what steers it."""
+    chat = Chat(InterpretableModel(model))
+    for name, source in sources.items():
+        chat.add(name, source, layer, strength, "all" if at is None else position(at))
+    return chat
+
+
+def _say(chat: Chat, screen: Console) -> None:
+    screen.print(literal("\n".join([repr(chat.model), *chat.words()])), soft_wrap=True)
+
+
+def _format(form: str | None, to: Path) -> str:
+    """The format that is named, or that the path says."""
+    if form is None:
+        form = to.suffix[1:] if to.suffix in WRITERS else "adapter"
+        if to.suffix and form == "adapter":
+            raise ValueError(
+                f"--to {to}: files are {', '.join(WRITERS)}, and an adapter is a folder: --format adapter makes it so."
+                f"{hint(to.suffix, WRITERS)}"
+            )
+    if form not in FORMATS:
+        raise ValueError(f"--format {form}: it is one of {', '.join(FORMATS)}.{hint(form, FORMATS)}")
+    if form != "adapter" and to.suffix != f".{form}":
+        raise ValueError(f"--to {to}: a {form} file's name ends in .{form}.")
+    return form
+
+
+def _file(
+    form: str,
+    target: Path,
+    sources: dict[str, Source],
+    model: str,
+    layer: int | None,
+    strength: float | None,
+    at: str | None,
+    *,
+    dry_run: bool,
+) -> SteeringVector:
+    """Write a vector's file, and say what is in it."""
+    only = next(iter(sources.values())) if len(sources) == 1 else None
+    if only is None or isinstance(only, dict):
+        if form != "gguf":
+            raise ValueError(
+                f"--format {form} holds one vector: give a single --vector. Interventions go with adapter and gguf."
+            )
+        chat = _loaded(sources, model, layer, strength, at)
+        return export_control_vector(chat.model, chat.steering() or {}, target, dry_run=dry_run).vector
+    if at not in (None, "all"):
+        raise ValueError(f"--at {at}: a vector's file doesn't say at which tokens it acts: leave --at out.")
+    if not isinstance(only, SteeringVector):  # contrast pairs, to compute one from
+        (one,) = _loaded(sources, model, layer, strength, at).steerings.values()
+        assert isinstance(one.source, SteeringVector)
+        only = one.source
+    folded = layer is not None or strength is not None
+    layers = only.layers if layer is None else [layer]
+    strengths = dict.fromkeys(layers, 1.0 if strength is None else strength) if folded else None
+    only.save(target, strengths=strengths)
+    return only if strengths is None and form != "gguf" else SteeringVector.load(target)
+
+
+@contextmanager
+def _option_named() -> Iterator[None]:
+    """Call an argument of a function by the name of its option."""
+    try:
+        yield
+    except FileExistsError as error:
+        raise FileExistsError(str(error).replace("overwrite=True", "--overwrite")) from error
