@@ -15,7 +15,7 @@ from mlxsteer.baked import Baked
 from mlxsteer.choice import Choice
 from mlxsteer.control_vectors import ControlVector
 from mlxsteer.formats import gguf, hub
-from mlxsteer.formats.cards import folder_card, vector_card
+from mlxsteer.formats.cards import exactness, folder_card, vector_card
 from mlxsteer.refusal import RefusalDirection
 from mlxsteer.vectors import SteeringVector
 
@@ -39,6 +39,7 @@ def record_of(folder: Path) -> dict[str, Any]:
     try:
         record = json.loads(path.read_text("utf-8"))
         version, kind, edits = int(record["version"]), record["kind"], record["edits"]
+        exactness(record)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged.") from error
     if version > 1:
@@ -139,10 +140,9 @@ def _push_folder(
                 (Path(folder) / file.name).symlink_to(file.resolve())
         (Path(folder) / "README.md").write_text(folder_card(record, repository, **card), "utf-8")
         # mlx-lm loads every model*.safetensors that it finds, those of an older push too
-        return hub.upload(
-            Path(folder), repository, replaced=["*.safetensors", "*.safetensors.index.json"], **to,
-            commit_message=commit_message or ("Add an adapter" if kind == "adapter" else "Add a steered model"),
-        )  # fmt: skip
+        replaced = ["model*.safetensors", "model.safetensors.index.json"] if kind == "baked" else []
+        message = commit_message or ("Add an adapter" if kind == "adapter" else "Add a steered model")
+        return hub.upload(Path(folder), repository, commit_message=message, replaced=replaced, **to)
 
 
 def _words(measured: Any) -> str | None:

@@ -282,16 +282,20 @@ def test_a_baked_folder_is_run_from_the_hub_by_plain_mlx_lm(
     for line in ("add_vector ×2", "differ from the hooked model's by", 'mlx_lm.load("me/cheerful")', "Not measured."):
         assert line in told, line
     assert "## Responsible use" not in told
-    assert "# mood" not in told
     assert "# cheerful" in told
+    ms.push_to_hub(baked["baked"].path, "me/cheerful", measured="Refusals go down by 2 nats.")
+    assert "## Responsible use" in card_of(hub, "me/cheerful")
 
 
 def test_an_adapter_goes_to_the_hub_with_a_note_on_what_ablation_may_do(
     baked: dict[str, Any], hub: hub_server.Hub
 ) -> None:
+    directions(1).push_to_hub("me/gone")
     ms.push_to_hub(str(baked["adapter"].path), "me/gone")
     there = hub.repositories["me/gone"]["main"]
-    assert {"adapters.safetensors", "adapter_config.json", "mlxsteer.json", "README.md"} == set(there)
+    assert {"adapters.safetensors", "adapter_config.json", "mlxsteer.json", "vector.safetensors", "README.md"} == set(
+        there
+    )
     told = card_of(hub, "me/gone")
     assert 'adapter_path=snapshot_download("me/gone")' in told
     assert "## Responsible use" in told
@@ -317,6 +321,7 @@ def test_what_is_no_folder_of_ours_is_not_pushed(baked: dict[str, Any], hub: hub
         "{": "is damaged",
         '{"version": 9, "kind": "baked", "edits": []}': "of version 9",
         '{"version": 1, "kind": "x", "edits": []}': "is damaged",
+        '{"version": 1, "kind": "baked", "edits": [], "comparison": {}}': "is damaged",
         record.read_text(): r"lacks model\*\.safetensors: it is no complete baked folder",
     }
     for text, said in damaged.items():

@@ -50,9 +50,7 @@ def vector_card(
         f'print(model.generate("The food was", interventions=vector.at({at})))',
     ]
     told = json.dumps([info, measured], default=str).casefold()
-    note = (
-        f"This is a direction by which a model refuses requests, or one beside it. {_RISK}" if "refus" in told else ""
-    )
+    note = f"This is a direction by which a model refuses requests, or near one. {_RISK}" if "refus" in told else ""
     lines = [
         f"A steering vector{origin}: {shape}, to add to the model's activations while it runs.",
         "", "| | |", "|---|---|", *rows, "",
@@ -95,7 +93,7 @@ def folder_card(
         'print(mlx_lm.generate(model, tokenizer, prompt="The food was"))',
     ]  # fmt: skip
     note = ""
-    if any("ablate" in edit for edit in edits):
+    if any("ablate" in edit for edit in edits) or "refus" in f"{measured} {repository}".casefold():
         note = (
             f"This takes a direction out of the model. It may be the one by which the model refuses requests. {_RISK}"
         )
