@@ -26,7 +26,7 @@ Steer = Annotated[
     typer.Option(
         "--steer",
         "--vector",
-        help="What steers: a saved steering, a vector's file, or a contrast set; may be repeated.",
+        help="What steers: a saved steering, a vector's file, or a set of pairs; may be repeated.",
     ),
 ]
 Pairs = Annotated[str, typer.Option(help="A contrast set, such as sentiment, or a file of pairs.")]
