@@ -23,7 +23,9 @@ from mlxsteer.interventions import ablate, add_vector, after, cosine, decay, ins
 from tests import tiny
 
 PROMPTS = [[0, 5, 9, 12], [0, 33, 7, 8, 9, 10, 11], [0, 400, 30], [3, 3, 3, 3, 90, 2000, 17, 5], [0]]
-TINY = {"vocab_size": 3072, "tie_word_embeddings": False}
+VOCABULARY = json.loads((ms.model.POCKET / "config.json").read_text())["vocab_size"]
+"""Of the bundled model, whose tokenizer the tiny ones get."""
+TINY = {"vocab_size": VOCABULARY, "tie_word_embeddings": False}
 
 
 def folder_of(
@@ -37,14 +39,14 @@ def folder_of(
 ) -> Path:
     """A tiny random model as a folder that mlx-lm loads, with the bundled model's tokenizer."""
     if name in ("gemma3", "gpt2", "gemma4_text", "gemma", "gemma2", "gemma3_text", "cohere2"):
-        changes = {"vocab_size": 3072} | changes
+        changes = {"vocab_size": VOCABULARY} | changes
     else:
         changes = TINY | changes
     kind = changes.pop("model_type", name)
     if name == "gemma3":
-        changes["text_config"] = tiny.CONFIGS[name]["text_config"] | {"vocab_size": 3072}
+        changes["text_config"] = tiny.CONFIGS[name]["text_config"] | {"vocab_size": VOCABULARY}
     if name == "gemma4_text":
-        changes["vocab_size_per_layer_input"] = 3072
+        changes["vocab_size_per_layer_input"] = VOCABULARY
     model = tiny.build(name, dtype, bits=bits, **changes)
     if tied_by_weights:
         model.pop("lm_head")
@@ -394,7 +396,7 @@ def test_an_adapter_adapts_the_embedding_where_the_head_is_another(tmp_path: Pat
         return
     with pytest.warns(ms.EmbeddingStays, match="ms.bake can take it out"):
         report = ms.export_adapter(model, writers(out), folder)
-    table = np.array(model.model.model.embed_tokens(mx.arange(3072)))
+    table = np.array(model.model.model.embed_tokens(mx.arange(VOCABULARY)))
     q = np.linalg.qr(np.stack([np.array(u), np.array(v)]).T.astype(np.float64))[0]
     assert report.embedding_share == pytest.approx(((table @ q) ** 2).sum() / (table**2).sum(), rel=1e-4)
     assert "the embedding stays" in (folder / "README.md").read_text()
@@ -449,7 +451,7 @@ REFUSED = {
     "input of a module": ({"layers.3.mlp.down_proj.input": add_vector([1.0] * 512)}, "no linear module"),
     "norm module": ({"layers.3.input_layernorm": ablate(V)}, "the output of no linear module"),
     "final norm": ({"norm": add_vector(V)}, "the output of no linear module"),
-    "logits": ({"logits": add_vector([1.0] * 3072)}, "no weight's output is this place"),
+    "logits": ({"logits": add_vector([1.0] * VOCABULARY)}, "no weight's output is this place"),
     "along what is ablated": (
         {"layers.0.input": ablate(V), "layers.*.attn": ablate(V), "layers.*.mlp": ablate(V), "layers.*": ablate(V),
          "layers.7.mlp.down_proj": add_vector(V, 1e-6)}, "The form that works",
@@ -498,7 +500,8 @@ def test_a_dry_run_tells_the_size_and_writes_nothing(pocket: InterpretableModel,
     plan = ms.bake(pocket, steer, tmp_path / "out", dry_run=True)
     assert not list(tmp_path.iterdir())
     assert plan.comparison is None
-    assert "3.44 ×" in str(plan)
+    assert plan.growth == plan.bytes_after / plan.bytes_before > 3
+    assert f"({plan.growth:.2f} ×)" in str(plan)
     ms.bake(pocket, steer, tmp_path / "out")
     weights = mx.load(str(tmp_path / "out" / "model.safetensors"))
     assert plan.bytes_after == sum(w.nbytes for w in weights.values())
