@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
+import numpy as np
 
 from mlxsteer.baked import Comparison, card, compared, source_of, untied
 from mlxsteer.folders import target_folder, whole_folder
@@ -88,11 +89,20 @@ def export_adapter(
     """
     source, _ = source_of(model)
     target = target_folder(path, overwrite, source)
+    if (model._loaded_with or {}).get("adapter_path"):
+        raise CannotBake(
+            "the model was loaded with an adapter, and mlx-lm loads one only; fuse it first (mlx_lm.fuse)."
+        )
     folds = fold(model, interventions)
     stays = [one for one in folds if one.key == "embed" and not untied(model, one.module)]
     folds = [one for one in folds if one not in stays]
+    if stays and not folds:
+        raise CannotBake(
+            f"{stays[0].said()} can't be exported as an adapter: a {model._sites.model_type} model's head reads the "
+            f"embedding's weight, and would change with it. At the other writers it can. {KEEPS}"
+        )
     if not folds:
-        raise ValueError("nothing is left to adapt: every strength is 0, or only the embedding is named.")
+        raise ValueError("every strength is 0: there is nothing to adapt.")
     config, tensors, rank = _biases(folds) if all(not one.ablates for one in folds) else _low_rank(folds)
     config["num_layers"] = len(model._sites.blocks)
     share = None
@@ -100,12 +110,13 @@ def export_adapter(
         share = _share(stays[0])
         warnings.warn(
             f"a {model._sites.model_type} model's head reads the embedding's weight, so the embedding stays as it is: "
-            f"{share:.2%} of what it writes lies along the direction. ms.bake can take it out.",
+            f"{share:.2%} of what it writes lies along the direction. ms.bake can take it out where mlx-lm's file of "
+            "the family has a head of its own.",
             EmbeddingStays,
             stacklevel=2,
         )
     mx.eval(tensors)
-    with whole_folder(target) as folder:
+    with whole_folder(target, overwrite) as folder:
         mx.save_safetensors(str(folder / "adapters.safetensors"), tensors, metadata={"format": "mlx"})
         (folder / "adapter_config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
         done: dict[str, Any] = interventions if not stays else _as_hooked(folds)  # type: ignore[assignment]
@@ -132,7 +143,9 @@ def _as_hooked(folds: Sequence[Fold]) -> dict[str, Any]:
 def _share(embedding: Fold) -> float:
     """Share of an embedding's rows, squared, along the directions that were to be taken out of it."""
     weight = dense(embedding.module)
-    basis = next(part.basis for part, _ in embedding.ops if isinstance(part, Ablate))
+    given = np.concatenate([np.array(part.basis) for part, _ in embedding.ops if isinstance(part, Ablate)])
+    _, sizes, rows = np.linalg.svd(given, full_matrices=False)
+    basis = mx.array(rows[sizes > 1e-4 * sizes[0]])  # several ablations may share a direction
     share: Any = (mx.sum((weight @ basis.T) ** 2) / mx.sum(weight**2)).item()
     return float(share)
 

@@ -89,7 +89,7 @@ def bake(
     free = shutil.disk_usage(target.absolute().parent).free
     if free < report.bytes_after * 1.02:
         raise OSError(f"{target}: the weights take {report.bytes_after / 1e9:.2f} GB, and {free / 1e9:.2f} are free.")
-    with whole_folder(target) as folder:
+    with whole_folder(target, overwrite) as folder:
         written.write(folder, source)
         report = dataclasses.replace(report, comparison=compared(model, interventions, folder))
         (folder / "README.md").write_text(card(model, report, "mlx_lm.load(folder)"), encoding="utf-8")
@@ -221,6 +221,9 @@ class _Written:
             return settings
         config = {k: v for k, v in self.config.items() if k not in FORGOTTEN}
         config |= {"model_type": rewrite.family, "architectures": [rewrite.architecture], **settings}
+        for name in ("quantization", "quantization_config"):
+            if name in config:
+                config[name] = rewrite.quantization(self.args, config[name])
         file = importlib.import_module(f"mlx_lm.models.{rewrite.family}")
         if not self._fill(file, config, rewrite.split(self.args, self.weights)):
             return "its weights don't fit that file"

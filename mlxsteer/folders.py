@@ -26,7 +26,7 @@ def target_folder(path: str | os.PathLike[str], overwrite: bool, source: Path | 
     Raises:
         FileExistsError: there is something already that may not be replaced.
         FileNotFoundError: there is no folder to put it in.
-        ValueError: it is the source itself, or lies around it.
+        ValueError: it is the source itself or the current folder, or lies around one of them.
     """
     target = Path(path).expanduser()
     if not target.absolute().parent.is_dir():
@@ -34,6 +34,8 @@ def target_folder(path: str | os.PathLike[str], overwrite: bool, source: Path | 
     whole = target.resolve()
     if source is not None and whole in (source.resolve(), *source.resolve().parents):
         raise ValueError(f"{target} is where the model itself lies: name another folder.")
+    if whole in (here := Path.cwd().resolve(), *here.parents):
+        raise ValueError(f"{target} is the folder you are in, or lies around it, and would be replaced: name another.")
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise FileExistsError(f"{target} is there already and no plain folder: name another one.")
     if target.is_dir() and any(target.iterdir()):
@@ -47,10 +49,13 @@ def target_folder(path: str | os.PathLike[str], overwrite: bool, source: Path | 
 
 
 @contextmanager
-def whole_folder(target: Path) -> Iterator[Path]:
+def whole_folder(target: Path, overwrite: bool) -> Iterator[Path]:
     """A temporary folder beside `target` that takes its place at the end of the block, or is gone.
 
     What was there before is put aside first, and put back if the new one can't take its place.
+
+    Raises:
+        FileExistsError: something came to be there meanwhile that may not be replaced.
     """
     target = target.absolute()
     temporary = target.with_name(f".{secrets.token_hex(8)}")
@@ -58,6 +63,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
     try:
         temporary.mkdir()
         yield temporary
+        target_folder(target, overwrite)  # writing takes minutes, in which another process may have put something there
         if target.exists():
             os.replace(target, aside)
         os.replace(temporary, target)

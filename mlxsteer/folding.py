@@ -154,10 +154,15 @@ def fold(model: InterpretableModel, interventions: Mapping[str, Any]) -> list[Fo
 
     Raises:
         UnknownKey: a key names no place.
-        CannotBake: an intervention, or its place, is none that weights can do; or the model is steered now.
+        CannotBake: an intervention, or its place, is none that weights can do; or the model is steered now, or
+            carries an adapter.
     """
     if active(model.model):
         raise CannotBake("the model is steered now, or edited: give the plain model, and what steers it as the dict.")
+    if adapted := next((path for path, module in model.model.named_modules() if "lora_a" in module), None):
+        raise CannotBake(
+            f"{adapted} carries an adapter, which no edit of its weight would change; fuse it first (mlx_lm.fuse)."
+        )
     edits = [(s, e) for s, e in Steering.of(model._sites, interventions).edits if not isinstance(e, Keep)]
     ops = [(site, list(_ops(edit, site.key))) for site, edit in edits]
     return _Folding(model, [(site, some) for site, some in ops if some]).folds()
@@ -174,9 +179,10 @@ def _ops(edit: Intervention, key: str, times: float = 1.0) -> Iterator[Op]:
             yield from _ops(step, key, times * float(edit.strength))
         return
     name = edit.name or type(edit).__name__
-    if not isinstance(edit, (AddVector, Ablate)):
+    if type(edit) not in (AddVector, Ablate):  # a subclass may have another formula
         why = {"when": "a gate decides at every prompt, and weights can't"}.get(name, "weights take in what is affine")
         raise CannotBake(f"{name} at {key} can't be baked: {why}; add_vector and ablate can. {KEEPS}")
+    assert isinstance(edit, (AddVector, Ablate))
     if isinstance(edit, AddVector) and edit.preserve_norm:
         raise CannotBake(
             f"{name} at {key} can't be baked with preserve_norm=True: the factor differs from token to token. "
@@ -287,8 +293,6 @@ class _Folding:
         for name in (*DOWN_PROJECTION, *families.OUTPUT_PROJECTION):
             if isinstance(module.get(name), LINEAR):
                 return f"{part}.{name}"
-        if any("lora" in type(inner).__name__.lower() for inner in module.modules()):
-            raise CannotBake(f"{key} can't be baked: {part} carries an adapter; fuse that first (mlx_lm.fuse).")
         linear = [f"{part}.{name}" for name, inner in module.children().items() if isinstance(inner, LINEAR)]
         raise CannotBake(
             f"{key} can't be baked: {part} is the output of no linear module. Blocks, layers.N.attn, layers.N.mlp, "

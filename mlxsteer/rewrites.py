@@ -32,19 +32,25 @@ class Rewrite:
 
     def split(self, args: Any, weights: Mapping[str, mx.array]) -> dict[str, mx.array]:
         """The weights under the other family's names; packed rows are cut as they are, without loss."""
-        cuts, found = self.rows(args), {}
+        found = {}
         for name, value in weights.items():
             path, _, last = name.rpartition(".")
-            parts = next((parts for end, parts in cuts.items() if path.endswith(end)), None)
-            if parts is None:
-                found[name] = value
-                continue
-            end = next(end for end in cuts if path.endswith(end))
             start = 0
-            for part, count in parts.items():
-                found[f"{path.removesuffix(end)}{part}.{last}"] = value[start : start + count]
-                start += count
+            for part, count in self._parts(args, path).items():
+                found[f"{part}.{last}"] = value if count is None else value[start : start + count]
+                start += count or 0
         return found
+
+    def quantization(self, args: Any, settings: Mapping[str, Any]) -> Config:
+        """A config's quantization, with what it says of single modules under the other family's names."""
+        return {part: value for path, value in settings.items() for part in self._parts(args, path)}
+
+    def _parts(self, args: Any, path: str) -> Mapping[str, int | None]:
+        """What a path becomes: the other file's paths, with the rows of each, or itself, whole."""
+        for end, parts in self.rows(args).items():
+            if path.endswith(end):
+                return {path.removesuffix(end) + part: count for part, count in parts.items()}
+        return {path: None}
 
 
 def _rope(args: Any) -> Config:

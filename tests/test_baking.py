@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import mlx_lm
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from mlx_lm.utils import save_config, save_model
 
 import mlxsteer as ms
 from mlxsteer import InterpretableModel
+from mlxsteer import interventions as iv
 from mlxsteer.interventions import ablate, add_vector, after, cosine, decay, inside, mean_replace, scale, when
 from tests import tiny
 
@@ -173,6 +175,25 @@ def test_an_addition_in_every_family_matches_or_is_refused(tmp_path: Path, famil
         assert not out.exists()
 
 
+PLACES = {"layers.1.attn": add_vector, "layers.1.mlp": add_vector, "embed": ablate, "layers.3": add_vector}
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_other_places_in_every_family_match_or_are_refused(tmp_path: Path, family: str) -> None:
+    model = loaded(tmp_path, family, bits=None if family in ("mamba2", "rwkv7") else 4)
+    for key, make in PLACES.items():
+        if family == "mamba2" and key.endswith("mlp"):
+            continue  # it has none
+        steer, out = {key: make(vector(model, 1, 0.5))}, tmp_path / "out"
+        try:
+            ms.bake(model, steer, out)
+        except ms.CannotBake:
+            assert not out.exists()
+        else:
+            assert worst(model, steer, out) <= 1e-5
+            shutil.rmtree(out)
+
+
 @pytest.mark.parametrize("kind", ["mistral", "smollm3"])
 def test_families_that_share_llamas_file_keep_their_name(tmp_path: Path, kind: str) -> None:
     tiny_name = "llama" if kind == "mistral" else kind
@@ -216,6 +237,29 @@ def test_phi3_with_a_partial_rotary_embedding_is_refused(tmp_path: Path) -> None
     model = loaded(tmp_path, "phi3", partial_rotary_factor=0.5)
     with pytest.raises(ms.CannotBake, match="rotary"):
         ms.bake(model, {"layers.1": add_vector(vector(model))}, tmp_path / "out")
+
+
+def test_phi3_with_modules_quantized_each_in_its_own_way_is_written_as_llama(tmp_path: Path) -> None:
+    model = tiny.build("phi3", **TINY)
+    own = {"model.layers.1.self_attn.qkv_proj": 8, "model.layers.2.mlp.gate_up_proj": 6}
+    said: dict[str, Any] = {"group_size": 32, "bits": 4}
+    said |= {path: {"group_size": 32, "bits": bits} for path, bits in own.items()}
+    said["model.layers.0.self_attn.qkv_proj"] = False
+    nn.quantize(model, group_size=32, bits=4, class_predicate=lambda path, m: (
+        said.get(path, hasattr(m, "to_quantized"))
+    ))  # fmt: skip
+    source = folder_of(tmp_path, "phi3", bits=4)
+    save_model(source, model)
+    config = json.loads((source / "config.json").read_text())
+    save_config(config | {"quantization": said}, source / "config.json")
+    steered = InterpretableModel(source)
+    steer = {"layers.2": add_vector(vector(steered, 1, 0.5))}
+    assert ms.bake(steered, steer, tmp_path / "out").written_as == "llama"
+    written = json.loads((tmp_path / "out" / "config.json").read_text())["quantization"]
+    assert {written[f"model.layers.1.self_attn.{name}_proj"]["bits"] for name in "qkv"} == {8}
+    assert written["model.layers.0.self_attn.q_proj"] is False
+    assert not any(path.endswith(("qkv_proj", "gate_up_proj")) for path in written)
+    assert worst(steered, steer, tmp_path / "out") <= 1e-5
 
 
 # -- ablations ---------------------------------------------------------------------------------------------------------
@@ -403,6 +447,22 @@ def test_an_adapter_adapts_the_embedding_where_the_head_is_another(tmp_path: Pat
     assert worst(model, writers(out, embed=False), source, folder) <= 1e-5
 
 
+def test_the_share_that_stays_in_the_embedding_is_of_all_directions(tmp_path: Path) -> None:
+    model = loaded(tmp_path, "gemma", bits=4)
+    u, v = vector(model, 5), vector(model, 6)
+    steer = {"embed": [ablate(u), ablate(u + 0.5 * v)], "layers.*.mlp": ablate(u)}
+    with pytest.warns(ms.EmbeddingStays):
+        report = ms.export_adapter(model, steer, tmp_path / "out")
+    table = np.array(model.model.model.embed_tokens(mx.arange(VOCABULARY)))
+    q = np.linalg.qr(np.stack([np.array(u), np.array(v)]).T.astype(np.float64))[0]
+    assert report.embedding_share == pytest.approx(((table @ q) ** 2).sum() / (table**2).sum(), rel=1e-4)
+    with pytest.raises(ms.CannotBake, match=r"embed: ablate ×1 can't be exported.*At the other writers it can"):
+        ms.export_adapter(model, {"embed": ablate(u)}, tmp_path / "alone")
+    with pytest.raises(ValueError, match="every strength is 0"):
+        ms.export_adapter(model, {"layers.*.mlp": ablate(u, 0.0)}, tmp_path / "alone")
+    assert not (tmp_path / "alone").exists()
+
+
 def test_an_addition_is_no_adapter_where_there_is_no_bias(pocket: InterpretableModel, tmp_path: Path) -> None:
     with pytest.raises(ms.CannotBake, match=r"layers.4.mlp.down_proj has no bias.*ms.bake"):
         ms.export_adapter(pocket, {"layers.4": add_vector(vector(pocket))}, tmp_path / "out")
@@ -429,7 +489,17 @@ def test_mlx_lms_own_fuse_takes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 # -- refusals ----------------------------------------------------------------------------------------------------------
 
 V = [1.0, *[0.5] * 255]
+
+
+class Twice(iv.AddVector):
+    """An addition with a formula of its own."""
+
+    def formula(self, x: mx.array, strength: Any, where: Any) -> mx.array:
+        return 2 * super().formula(x, strength, where)
+
+
 REFUSED = {
+    "subclass": ({"layers.3": Twice(V)}, "weights take in what is affine"),
     "at='last'": ({"layers.3": add_vector(V, at="last")}, r"at='last': weights act on every token. With at='all'"),
     "after": ({"layers.3": add_vector(V, at=after("x"))}, "weights act on every token"),
     "prompt": ({"layers.3.attn": ablate(V, at="prompt")}, "weights act on every token"),
@@ -485,9 +555,24 @@ def test_models_that_are_refused(pocket: InterpretableModel, tmp_path: Path) -> 
         ms.bake(pocket, {"layers.3": add_vector([1.0, 2, 3])}, tmp_path / "out")
     ms.export_adapter(pocket, {"layers.*.attn": ablate(V)}, tmp_path / "adapter")
     adapted = InterpretableModel("pocket", adapter_path=str(tmp_path / "adapter"))
-    with pytest.raises(ms.CannotBake, match="fuse that first"):
-        ms.bake(adapted, {"layers.3.attn": ablate(V)}, tmp_path / "out")
+    for steer in ({"layers.3.attn": ablate(V)}, {"layers.3.mlp": ablate(V)}):  # where it is adapted, and elsewhere
+        for write in (ms.bake, ms.export_adapter):
+            with pytest.raises(ms.CannotBake, match="fuse it first"):
+                write(adapted, steer, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_with_biases_from_an_adapter(tmp_path: Path) -> None:
+    source = folder_of(tmp_path, "llama", bits=4, mlp_bias=True)
+    model = InterpretableModel(source)
+    v = vector(model)
+    ms.export_adapter(model, {"layers.1": add_vector(v)}, tmp_path / "adapter")
+    adapted = InterpretableModel(source, adapter_path=str(tmp_path / "adapter"))
+    steer = {"layers.2": add_vector(v)}
+    with pytest.raises(ms.CannotBake, match="loads one only"):
+        ms.export_adapter(adapted, steer, tmp_path / "second")
+    ms.bake(adapted, steer, tmp_path / "out")
+    assert worst(model, {"layers.1": add_vector(v), **steer}, tmp_path / "out") <= 1e-5
 
 
 # -- folders -----------------------------------------------------------------------------------------------------------
@@ -533,6 +618,44 @@ def test_a_folder_that_is_there_stays(pocket: InterpretableModel, tmp_path: Path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "out"]
 
 
+def test_names_of_folders(pocket: InterpretableModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ms.bake(pocket, STEER, tmp_path / "fröhlich 喜び")
+    assert worst(pocket, STEER, tmp_path / "fröhlich 喜び") <= 1e-5
+    kept = (tmp_path / "fröhlich 喜び" / "model.safetensors").read_bytes()
+    (tmp_path / "link").symlink_to(tmp_path / "fröhlich 喜び")
+    (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
+    for name in ("link", "nowhere"):
+        with pytest.raises(FileExistsError, match="no plain folder"):
+            ms.bake(pocket, {"layers.2": add_vector(V)}, tmp_path / name, overwrite=True)
+    assert (tmp_path / "fröhlich 喜び" / "model.safetensors").read_bytes() == kept
+    (tmp_path / "behind").mkdir()
+    (tmp_path / "to").symlink_to(tmp_path / "behind")
+    ms.export_adapter(pocket, {"layers.3.attn": ablate(V)}, tmp_path / "to" / "out")
+    assert (tmp_path / "behind" / "out" / "adapters.safetensors").is_file()
+    (tmp_path / "empty" / "inner").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "empty" / "inner")
+    for here in (".", "..", "../../empty"):
+        with pytest.raises(ValueError, match="the folder you are in"):
+            ms.bake(pocket, STEER, here, overwrite=True)
+    ms.export_adapter(pocket, {"layers.3.attn": ablate(V)}, "../out")
+    assert {path.name for path in (tmp_path / "empty").iterdir()} == {"inner", "out"}
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_came_to_be_there_meanwhile_stays(
+    pocket: InterpretableModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool
+) -> None:
+    def meanwhile(*_: Any) -> str:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "thesis.tex").touch()
+        return ""
+
+    monkeypatch.setattr("mlxsteer.baking.card", meanwhile)
+    with pytest.raises(FileExistsError, match="is there already|no model's folder"):
+        ms.bake(pocket, STEER, tmp_path / "out", overwrite=overwrite)
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "thesis.tex"]
+
+
 def test_the_model_is_not_written_over(tmp_path: Path) -> None:
     model = loaded(tmp_path, "llama")
     for path in (tmp_path / "source", tmp_path):
@@ -540,25 +663,47 @@ def test_the_model_is_not_written_over(tmp_path: Path) -> None:
             ms.bake(model, {"layers.1": add_vector(vector(model))}, path, overwrite=True)
 
 
+STEPS = ("copy_companions", "save_config", "make_shards", "compared", "card")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
 @pytest.mark.parametrize(
-    ("where", "error"),
-    [("save_safetensors", OSError), ("compared", KeyboardInterrupt), ("card", KeyboardInterrupt)],
+    ("write", "where"),
+    [
+        *((ms.bake, f"baking.{name}") for name in STEPS),
+        *((ms.bake, name) for name in ("save_safetensors", "folders.os.replace")),
+        *((ms.export_adapter, f"adapters.{name}") for name in ("compared", "card")),
+        *((ms.export_adapter, name) for name in ("save_safetensors", "folders.os.replace")),
+    ],
 )
 def test_an_interrupted_write_leaves_what_was_there(
-    pocket: InterpretableModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, error: type[BaseException]
+    pocket: InterpretableModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    write: Any,
+    where: str,
+    error: type[BaseException],
 ) -> None:
+    reached = []
+
     def broken(*_: Any, **__: Any) -> None:
+        reached.append(where)
         raise error
 
-    ms.bake(pocket, STEER, tmp_path / "old")
-    before = {path.name: path.read_bytes() for path in (tmp_path / "old").iterdir()}
+    (tmp_path / "old").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "old" / name).write_text("mine")
     with monkeypatch.context() as patch:
-        patch.setattr(*((mx, where) if where == "save_safetensors" else (f"mlxsteer.baking.{where}",)), broken)
+        patch.setattr(*((mx, where) if where == "save_safetensors" else (f"mlxsteer.{where}",)), broken)
         for folder in ("old", "new"):
             with pytest.raises(error):
-                ms.bake(pocket, {"layers.2": add_vector(V)}, tmp_path / folder, overwrite=True)
+                write(pocket, {"layers.3.attn": ablate(V)}, tmp_path / folder, overwrite=True)
+    assert len(reached) >= 2
     assert [path.name for path in tmp_path.iterdir()] == ["old"]
-    assert {path.name: path.read_bytes() for path in (tmp_path / "old").iterdir()} == before
+    assert {path.name: path.read_text() for path in (tmp_path / "old").iterdir()} == {
+        "config.json": "mine",
+        "model.safetensors": "mine",
+    }
 
 
 def test_a_rename_that_fails_puts_the_old_folder_back(
