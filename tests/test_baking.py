@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -316,11 +315,14 @@ def test_what_the_writers_write_has_nothing_left_along_the_direction(
     assert worst(pocket, writers(ablate(v)), tmp_path / "out") <= 1e-5
     plain = mlx_lm.load(str(tmp_path / "out"))[0]
     unit = v / mx.linalg.norm(v)
-    modules = [m for block in plain.layers for m in (block.self_attn.o_proj, block.mlp.down_proj)]
+    with pytest.warns(ms.EmbeddingStays):
+        ms.export_adapter(pocket, writers(ablate(v)), tmp_path / "adapter")
+    adapted = mlx_lm.load(str(ms.model.POCKET), adapter_path=str(tmp_path / "adapter"))[0]
+    modules = [m for x in (plain, adapted) for block in x.layers for m in (block.self_attn.o_proj, block.mlp.down_proj)]
     for module in [*modules, plain.model.embed_tokens]:
         seen: list[mx.array] = []
         with tiny.by_hand(module, lambda y, seen=seen: seen.append(y) or y):
-            mx.eval(plain(mx.array([PROMPTS[1]])))
+            mx.eval([x(mx.array([PROMPTS[1]])) for x in (plain, adapted)])
         share = mx.abs(seen[0] @ unit) / mx.linalg.norm(seen[0], axis=-1)
         assert share.max().item() <= 1e-5
     assert len(report.unquantized) == 17
@@ -750,23 +752,3 @@ def test_too_small_a_disk_is_told_beforehand(
     monkeypatch.setattr("mlxsteer.baking.shutil.disk_usage", lambda _: type("Usage", (), {"free": 10**6}))
     with pytest.raises(OSError, match="the weights take"):
         ms.bake(pocket, STEER, tmp_path / "out")
-
-
-FRESH = """
-import json, sys
-import mlx.core as mx, mlx_lm
-folder, prompts = sys.argv[1], json.loads(sys.argv[2])
-model, tokenizer = mlx_lm.load(folder)
-assert "mlxsteer" not in sys.modules
-print(json.dumps([model(mx.array([p]))[0, -1].tolist() for p in prompts]))
-"""
-
-
-def test_a_fresh_process_without_this_package_gives_the_same(pocket: InterpretableModel, tmp_path: Path) -> None:
-    steer = {**writers(ablate(vector(pocket, 1))), "layers.4": add_vector(vector(pocket, 2))}
-    ms.bake(pocket, steer, tmp_path / "out")
-    command = [sys.executable, "-c", FRESH, str(tmp_path / "out"), json.dumps(PROMPTS)]
-    ran = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
-    for tokens, found in zip(PROMPTS, json.loads(ran.stdout.splitlines()[-1]), strict=True):
-        expected = hooked(pocket, steer, tokens)[0, -1]
-        assert mx.abs(mx.array(found) - expected).max().item() <= 1e-5 * mx.abs(expected).max().item()
