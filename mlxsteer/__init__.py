@@ -1,6 +1,6 @@
 """mlxsteer: read, steer and measure language models on MLX."""
 
-from mlxsteer import datasets, directions, interventions, measures
+from mlxsteer import datasets, directions, heads, interventions, measures
 from mlxsteer.adapters import Adapter, EmbeddingStays, export_adapter
 from mlxsteer.baked import Baked, BakedDiffers
 from mlxsteer.baking import bake
@@ -77,6 +77,7 @@ __all__ = [
     "fill_prompt_cache",
     "fit_gate",
     "generation_sweep",
+    "heads",
     "interventions",
     "load_prompt_cache",
     "mean_activations",

@@ -53,22 +53,38 @@ class Family:
             leaves something behind for a later one (a cache that another layer reads, a shared object).
         batch: whether rows of a batch decode as they would alone; where not, they are run one at a time.
         refusal: why this family can't be hooked at all, as a sentence; empty where it can.
+        attention_norm: name of the norm in a block that the attention's output goes through before it joins the
+            residual stream; empty where it joins as it is.
     """
 
     stream: int = 0
     replay: bool = True
     batch: bool = True
     refusal: str = ""
+    attention_norm: str = ""
 
 
 DEFAULT = Family()
 
 _MLX_LM = tuple(int(part) for part in version("mlx-lm").split(".")[:2])
 
+_AFTER = "post_attention_layernorm"  # the name of another norm, in front of the MLP, in the other families
+
 FAMILIES: dict[str, Family] = {
     "afm7": Family(replay=False, batch=False),
     "bailing_moe_linear": Family(batch=False),
-    "gemma2": Family(batch=False),
+    "gemma2": Family(batch=False, attention_norm=_AFTER),
+    "gemma3": Family(attention_norm=_AFTER),
+    "gemma3_text": Family(attention_norm=_AFTER),
+    "gemma4": Family(attention_norm=_AFTER),
+    "gemma4_text": Family(attention_norm=_AFTER),
+    "olmo2": Family(attention_norm=_AFTER),
+    "olmo3": Family(attention_norm=_AFTER),
+    "exaone4": Family(attention_norm=_AFTER),
+    "afmoe": Family(attention_norm=_AFTER),
+    "glm4": Family(attention_norm="post_self_attn_layernorm"),
+    "plamo2": Family(attention_norm="post_mixer_norm"),
+    "plamo3": Family(attention_norm="post_mixer_norm"),
     "jamba": Family(batch=False),
     "mamba2": Family(batch=_MLX_LM >= (0, 32)),  # before, rows of its batches differed by 0.1 in log-probability
     "rwkv7": Family(batch=False),  # rows of mlx-lm's ragged batches differ by 0.02 in log-probability

@@ -453,3 +453,36 @@ def _plot_candidates(
     _some_ticks(axes.yaxis, [_written(position) for position in positions], 12)
     kind = {"label": "nats", "extend": "max"} if name == "kl" else {"label": "log odds"}
     figure.colorbar(shown, ax=axes, pad=0.01, **kind)
+
+
+def plot_heads(
+    grid: np.ndarray[Any, Any], title: str, unit: str, framed: Sequence[tuple[int, int]], path: str | Path | None
+) -> Any:
+    """A number of every head as a heat map, layers upwards; zero is white, heads that there aren't are grey.
+
+    Args:
+        grid: (layers, heads); NaN where there is no head.
+        title: what it shows.
+        unit: of the numbers.
+        framed: (layer, head) of the heads to be framed.
+        path: also write it there, as PNG, PDF or SVG by suffix.
+    """
+    from matplotlib.patches import Rectangle
+
+    layers, heads = grid.shape
+    figure = _figure(figsize=(min(14.0, max(4.6, 2.2 + 0.34 * heads)), min(14.0, max(3.2, 1.4 + 0.3 * layers))))
+    axes = figure.subplots()
+    axes.set_facecolor("#d9d9d9")
+    finite = grid[np.isfinite(grid)]
+    reach = float(np.abs(finite).max()) if finite.size and finite.any() else 1.0
+    shown = axes.imshow(
+        np.ma.masked_invalid(grid), aspect="auto", origin="lower", cmap="PuOr_r", vmin=-reach, vmax=reach
+    )
+    for layer, head in framed:
+        axes.add_patch(Rectangle((head - 0.5, layer - 0.5), 1, 1, fill=False, edgecolor="black", linewidth=2, zorder=5))
+    _some_ticks(axes.xaxis, [str(head) for head in range(heads)], 32)
+    _some_ticks(axes.yaxis, [str(layer) for layer in range(layers)], 32)
+    axes.set(xlabel="head", ylabel="layer")
+    axes.set_title(title, fontsize="medium", loc="left")
+    figure.colorbar(shown, ax=axes, pad=0.02, label=unit)
+    return _saved(figure, path)

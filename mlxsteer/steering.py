@@ -22,6 +22,7 @@ import mlx.core as mx
 
 from mlxsteer.interventions.base import Intervention, as_intervention, digest, likeness, number, settled
 from mlxsteer.interventions.gates import Keep, When, gates
+from mlxsteer.interventions.per_head import heads_in
 from mlxsteer.interventions.routes import route
 from mlxsteer.positions import Position, PositionError, Prompt, Tokens, forget, rewind
 from mlxsteer.sites import Site, SiteMap
@@ -112,6 +113,8 @@ class Steering:
                 width = sites.width(site)
                 if width is not None:
                     intervention.check(width, site.key)
+                for part in heads_in(intervention):
+                    part.check_heads(site.heads, site.key)
                 edits.append((site, intervention))
         _check_order(sites, edits)
         return cls((*_read_elsewhere(sites, edits), *edits), name=name)

@@ -101,9 +101,9 @@ def watched(module: nn.Module) -> Iterator[list[mx.array]]:
     cls: Any = type(module)
 
     class Watched(cls):
-        def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> Any:
-            seen.append(x)
-            return super().__call__(x, *args, **kwargs)
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            seen.append(args[0] if args else kwargs["inputs"])  # gptj names what it gives
+            return super().__call__(*args, **kwargs)
 
     module.__class__ = Watched
     try:

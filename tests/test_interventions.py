@@ -825,7 +825,7 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> dict[str, type]:
 
 
 OPERATORS = [
-    "ablate", "add_sequence", "add_vector", "affine", "cap", "clamp", "compose", "mean_replace", "noise",
+    "ablate", "add_sequence", "add_vector", "affine", "cap", "clamp", "compose", "heads", "mean_replace", "noise",
     "replace_with", "rotate", "scale", "slerp", "zero_out",
 ]  # fmt: skip
 
@@ -993,6 +993,7 @@ def registered_examples() -> dict[str, iv.Intervention]:
         "sequence": iv.add_sequence(random((3, 5), 2), -0.5),
         "noise": iv.noise(0.7, 2**32 - 1),
         "gate": iv.when(iv.cosine(random((5,), 3)) > 0.25, iv.zero_out(0.5)),
+        "heads": iv.heads([2, 0], iv.add_vector(random((2, 5), 4), 0.5, at=-1), 0.25),
         "rotate": iv.rotate(TINY, random((5,), 4), -30, 0.3, relative=True),
         "slerp": iv.slerp(TINY, 0.2),
         "cap": iv.cap(TINY, -0.5, "above"),

@@ -55,6 +55,7 @@ STRUCTURE = {
     "phi3": ("model.layers", "model.embed_tokens", "model.norm", "self_attn", "mlp"),
     "mixtral": ("model.layers", "model.embed_tokens", "model.norm", "self_attn", "block_sparse_moe"),
     "gpt2": ("model.h", "model.wte", "model.ln_f", "attn", "mlp"),
+    "gptj": ("model.h", "model.wte", "model.ln_f", "attn", "mlp"),
     "gpt_neox": ("model.h", "model.embed_in", "model.final_layer_norm", "attention", "mlp"),
     "olmo2": ("model.layers", "model.embed_tokens", "model.norm", "self_attn", "mlp"),
     "cohere2": ("model.layers", "model.embed_tokens", "model.norm", "self_attn", "mlp"),
@@ -356,7 +357,10 @@ def watched(module: nn.Module, scale: mx.array | None = None) -> Iterator[list[m
 HEADS = {  # family → layer, raw path of the output projection, heads, head_dim
     "llama": (1, "model.layers.1.self_attn.o_proj", 4, 16),
     "gpt2": (0, "model.h.0.attn.c_proj", 4, 16),
+    "gptj": (1, "model.h.1.attn.out_proj", 4, 16),
     "phi3": (2, "model.layers.2.self_attn.o_proj", 4, 16),
+    "gemma2": (3, "model.layers.3.self_attn.o_proj", 4, 16),
+    "qwen3": (1, "model.layers.1.self_attn.o_proj", 4, 16),
     "gpt_neox": (3, "model.h.3.attention.dense", 4, 16),
     "gemma3": (1, "language_model.model.layers.1.self_attn.o_proj", 4, 16),
     "qwen3_next": (3, "model.layers.3.self_attn.o_proj", 4, 16),

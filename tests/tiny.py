@@ -33,6 +33,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "n_ctx": 512, "n_embd": 64, "n_head": 4, "n_layer": 4, "n_positions": 512, "layer_norm_epsilon": 1e-5,
         "vocab_size": VOCABULARY,
     },
+    "gptj": {
+        "n_embd": 64, "n_head": 4, "n_layer": 4, "n_positions": 512, "rotary_dim": 8, "layer_norm_epsilon": 1e-5,
+        "vocab_size": VOCABULARY,
+    },
     "gpt_neox": {
         "max_position_embeddings": 512, "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 4,
         "layer_norm_eps": 1e-5, "vocab_size": VOCABULARY, "rotary_emb_base": 10000, "rotary_pct": 0.5,

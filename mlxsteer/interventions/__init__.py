@@ -39,6 +39,7 @@ from mlxsteer.interventions.operators import (
     slerp,
     zero_out,
 )
+from mlxsteer.interventions.per_head import Heads, heads
 from mlxsteer.interventions.registry import available, create, describe, register
 from mlxsteer.interventions.routes import route
 from mlxsteer.interventions.schedules import Schedule, decay, ramp, window
@@ -61,6 +62,7 @@ __all__ = [
     "Compose",
     "Condition",
     "Function",
+    "Heads",
     "Intervention",
     "MeanReplace",
     "Noise",
@@ -84,6 +86,7 @@ __all__ = [
     "create",
     "decay",
     "describe",
+    "heads",
     "inside",
     "load",
     "mean_replace",
