@@ -9,9 +9,11 @@ from mlxsteer.control_vectors import CannotExport, ControlVector, export_control
 from mlxsteer.evaluation import Evaluation, evaluate
 from mlxsteer.extraction import estimate, extract, separation
 from mlxsteer.folding import CannotBake
+from mlxsteer.function_vectors import FunctionVector, function_vector, task_states
 from mlxsteer.gating import GateFit, fit_gate
 from mlxsteer.generation import Generation, NotFinite, NothingTouched
 from mlxsteer.generation_sweep import GenerationSweep, generation_sweep
+from mlxsteer.head_effects import IndirectEffects, indirect_effects, mean_head_values, task_accuracy
 from mlxsteer.model import ContextLengthWarning, InterpretableModel
 from mlxsteer.pair_checks import Check
 from mlxsteer.pairs import ContrastPair, PairSet
@@ -28,6 +30,7 @@ from mlxsteer.strength import Strength, strength_for
 from mlxsteer.sweep import Sweep, sweep
 from mlxsteer.trace import LostWrite, Trace
 from mlxsteer.vectors import SteeringVector, VectorMismatchWarning, to_mean_norm
+from mlxsteer.word_pairs import InContextPrompt, Template, in_context
 
 __all__ = [
     "Adapter",
@@ -42,9 +45,12 @@ __all__ = [
     "ControlVector",
     "EmbeddingStays",
     "Evaluation",
+    "FunctionVector",
     "GateFit",
     "Generation",
     "GenerationSweep",
+    "InContextPrompt",
+    "IndirectEffects",
     "InterpretableModel",
     "LostWrite",
     "NeverFired",
@@ -59,6 +65,7 @@ __all__ = [
     "SteeringVector",
     "Strength",
     "Sweep",
+    "Template",
     "Trace",
     "UnknownKey",
     "UnsupportedModel",
@@ -76,11 +83,15 @@ __all__ = [
     "extract",
     "fill_prompt_cache",
     "fit_gate",
+    "function_vector",
     "generation_sweep",
     "heads",
+    "in_context",
+    "indirect_effects",
     "interventions",
     "load_prompt_cache",
     "mean_activations",
+    "mean_head_values",
     "measures",
     "push_to_hub",
     "recommended",
@@ -90,6 +101,8 @@ __all__ = [
     "separation",
     "strength_for",
     "sweep",
+    "task_accuracy",
+    "task_states",
     "to_mean_norm",
 ]
 __version__ = "0.1.0"
