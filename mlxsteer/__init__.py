@@ -14,6 +14,7 @@ from mlxsteer.gating import GateFit, fit_gate
 from mlxsteer.generation import Generation, NotFinite, NothingTouched
 from mlxsteer.generation_sweep import GenerationSweep, generation_sweep
 from mlxsteer.head_effects import IndirectEffects, indirect_effects, mean_head_values, task_accuracy
+from mlxsteer.inference_time import HeadShift, shift_heads
 from mlxsteer.model import ContextLengthWarning, InterpretableModel
 from mlxsteer.pair_checks import Check
 from mlxsteer.pairs import ContrastPair, PairSet
@@ -49,6 +50,7 @@ __all__ = [
     "GateFit",
     "Generation",
     "GenerationSweep",
+    "HeadShift",
     "InContextPrompt",
     "IndirectEffects",
     "InterpretableModel",
@@ -99,6 +101,7 @@ __all__ = [
     "select",
     "select_refusal_direction",
     "separation",
+    "shift_heads",
     "strength_for",
     "sweep",
     "task_accuracy",

@@ -17,8 +17,9 @@ import mlxsteer as ms
 from mlxsteer import InterpretableModel, heads
 from mlxsteer import interventions as iv
 from mlxsteer.function_vectors import sum_of_heads
-from mlxsteer.head_effects import TaskAnswers, answered
+from mlxsteer.head_effects import TaskAnswers, _batches_of_heads, _of_one_length, answered
 from mlxsteer.pocket import scorer
+from mlxsteer.reading import Text
 
 WORDS = [("ab", "ba"), ("cd", "dc"), ("efg", "gfe"), ("hi", "ih"), ("jkl", "lkj"), ("mn", "nm"), ("op", "po")]
 
@@ -86,13 +87,14 @@ def entered(model: InterpretableModel, layer: int, head: int, value: mx.array) -
 def test_effects_are_those_of_one_forward_for_each_head(name: str, letters: Any) -> None:
     model = built(name, letters)
     right = ms.in_context(WORDS, 4, shots=2, seed=1)
-    wrong = ms.in_context(WORDS, 3, shots=2, seed=2, shuffled=True)
+    short = [pair for pair in WORDS if len(pair[0]) == 2]
+    wrong = [*ms.in_context(short, 2, shots=2, shuffled=True), *ms.in_context(WORDS, 2, shots=2, seed=2, shuffled=True)]
     means = {layer: 4 * value for layer, value in ms.mean_head_values(model, right).items()}
     found = ms.indirect_effects(model, wrong, means)
     expected = loop(model, wrong, means)
     np.testing.assert_allclose(found.effects, expected, atol=1e-6)
     assert np.nanmax(np.abs(expected)) > 1e-4
-    assert np.isnan(found.effects).sum() == (3 * 2 * 4 if name == "qwen3_next" else 0)
+    assert np.isnan(found.effects).sum() == (4 * 2 * 4 if name == "qwen3_next" else 0)
 
 
 def test_effects_on_four_bits_are_those_of_one_forward_for_each_head(pocket: InterpretableModel) -> None:
@@ -113,6 +115,17 @@ def test_what_is_shared_runs_once(letters: Any) -> None:
     lengths = [len(model.encode(prompt.text)) for prompt in wrong]
     assert found.block_tokens == sum(length * 4 + 4 * 4 * 5 // 2 for length in lengths)
     assert found.loop_block_tokens == sum(17 * length * 4 for length in lengths)
+
+
+def test_families_whose_rows_differ_in_a_batch_run_one_row_at_a_time(letters: Any) -> None:
+    texts = [Text([1, 2, 3, 4], 3)] * 4
+    for name, rows, some in (
+        ("llama", [[0, 1], [2, 3]], [[0, 1, 2, 3]]),
+        ("gemma2", [[0], [1], [2], [3]], [[0], [1], [2], [3]]),
+    ):
+        model = built(name, letters)
+        assert list(_of_one_length(model, texts, 4, 24)) == rows
+        assert _batches_of_heads(model, 4) == some
 
 
 def test_the_mean_is_over_prompts_and_a_head_at_its_own_value_has_no_effect(letters: Any) -> None:
@@ -144,8 +157,8 @@ def test_effects_refuse_what_does_not_fit(letters: Any) -> None:
 
 
 def test_an_answer_that_the_tokenizer_joins_to_its_prompt_is_refused(pocket: InterpretableModel) -> None:
-    with pytest.raises(ValueError, match="joins the end of the prompt and the answer 'el'; take another template"):
-        answered(pocket, [ms.InContextPrompt("The hot", "el", "x")])
+    with pytest.raises(ValueError, match="joins the end of the prompt and the answer 'el was'; take another template"):
+        answered(pocket, [ms.InContextPrompt("The hot", "el was", "x")])
 
 
 # -- right answers ---------------------------------------------------------------------------------------------------
@@ -172,6 +185,10 @@ def test_accuracy_under_a_steering_is_that_of_its_texts(pocket: InterpretableMod
     expected = np.mean([scorer.answer_is_right("upper_verb", p.word, t) for p, t in zip(asked, texts, strict=True)])
     assert ms.task_accuracy(pocket, asked, steer).value == pytest.approx(expected)
     assert ms.task_accuracy(pocket, asked).value < expected
+    everywhere = {"layers.3": iv.add_vector(vector[3], 0.5)}
+    texts = [pocket.generate(prompt.text, everywhere, max_tokens=6) for prompt in asked]
+    right = np.mean([text.startswith((p.answer, p.answer.strip())) for p, text in zip(asked, texts, strict=True)])
+    assert ms.task_accuracy(pocket, asked, everywhere).value == pytest.approx(right)
 
 
 def test_task_states_are_the_mean_residual_stream_at_the_last_token(letters: Any) -> None:
@@ -190,9 +207,10 @@ def test_task_states_are_the_mean_residual_stream_at_the_last_token(letters: Any
 # -- function vectors ------------------------------------------------------------------------------------------------
 
 
-def test_the_vector_of_heads_is_their_part_of_what_the_attention_adds(letters: Any) -> None:
+@pytest.mark.parametrize("name", ["gpt2", "gemma2"])
+def test_the_vector_of_heads_is_their_part_of_what_the_attention_adds(name: str, letters: Any) -> None:
     """All heads of a layer: the change of the stream when they are put at their means from zero."""
-    model = built("gpt2", letters)
+    model = built(name, letters)
     means = ms.mean_head_values(model, ms.in_context(WORDS, 3, shots=2))
     ids = model.encode("ab ->")
     every = [(layer, head) for layer in (3,) for head in range(4)]
