@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 JOBS ?= 2
 POCKET_OUT ?= training/run/package
 
-.PHONY: demo test lint types check bench pocket clean
+.PHONY: demo test lint types check architectures bench pocket clean
 
 demo: $(READY)  ## find a steering vector on the bundled model and watch it work
 	$(BIN)/mlxsteer demo
@@ -22,6 +22,9 @@ types: $(READY)
 	$(BIN)/mypy
 
 check: lint types test
+
+architectures: $(READY)  ## what the checks find on every mlx-lm architecture: writes docs/architectures.md
+	$(BIN)/python -m benchmarks.architectures
 
 bench: $(READY)  ## cost of reading and steering, as ratios to bare mlx-lm
 	$(BIN)/python benchmarks/overhead.py

@@ -64,7 +64,7 @@ class Continuation:
         self.prompts = [Prompt(text.prompt, text.tokens[: text.prompt], decode) for text in texts]
         self.blocks = [self.sites.resolve(f"layers.{i}") for i in range(len(model.layers))]
         # Steerings around this must see every block and every token, and edited models are steered throughout.
-        self.plain = plain or bool(surrounding(model.model) or residents(model.model))
+        self.plain = plain or bool(surrounding(model.model) or residents(model.model)) or not self.sites.family.head
         self.replays = self.sites.family.replay and not plain
         self.inside = not plain
         self.block_tokens = 0  # tokens of all rows, padding included, times blocks that ran on them

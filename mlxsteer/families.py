@@ -8,16 +8,30 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib.metadata import version
 
-ATTENTION = ("self_attn", "attn", "attention", "linear_attn", "mixer", "mamba", "temporal_block", "conv")
-"""Names of the token mixer inside a block: attention, or what stands in its place."""
+ATTENTION = (
+    "self_attn",
+    "attn.attention",  # exaone calls it past the module that holds it
+    "attn",
+    "attention",
+    "norm_attn_norm.attn",  # dbrx
+    "linear_attn",
+    "mixer",
+    "mamba",
+    "temporal_block",
+    "conv",
+)
+"""Paths of the token mixer inside a block: attention, or what stands in its place."""
 
 FEED_FORWARD = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "moe", "mlp_block", "shared_mlp")
-"""Names of the feed-forward part (dense or experts) inside a block."""
+"""Paths of the feed-forward part (dense or experts) inside a block."""
+
+MIXER_IS_FEED_FORWARD = ("-", "E")
+"""Values of a block's `block_type` (nemotron_h) with which its one part, `mixer`, is a feed-forward part."""
 
 OUTPUT_PROJECTION = ("o_proj", "out_proj", "c_proj", "dense", "wo", "attn_out")
 """Names of the projection that an attention module ends with; its input is the concatenation of the heads."""
 
-HEAD_COUNT = ("n_heads", "num_heads", "num_attention_heads", "n_head", "num_q_heads")
+HEAD_COUNT = ("n_heads", "num_heads", "num_attention_heads", "n_head", "num_q_heads", "q_num_heads")
 """Attributes that hold an attention module's number of query heads."""
 
 SOFTMAX_ATTENTION = ("self_attn", "attn", "attention", "mixer")
@@ -33,13 +47,24 @@ EMBEDDING = (
     "word_embeddings",
     "tok_embeddings",
     "token_embeddings",
+    "ngram_embeddings",
 )
 """Names of the token embedding, beside the blocks."""
 
 LEARNED_POSITIONS = ("wpe", "embed_positions", "position_embedding", "position_embeddings")
 """Names of the table of learned positions, beside the token embedding; there is nothing to read behind its end."""
 
-FINAL_NORM = ("norm", "ln_f", "final_layernorm", "final_layer_norm", "norm_f", "final_norm", "embedding_norm", "ln_out")
+FINAL_NORM = (
+    "norm",
+    "ln_f",
+    "final_layernorm",
+    "final_layer_norm",
+    "norm_f",
+    "final_norm",
+    "embedding_norm",
+    "ln_out",
+    "output_norm",
+)
 """Names of the norm after the last block, beside the blocks."""
 
 
@@ -52,6 +77,8 @@ class Family:
         replay: whether a block's output may be put in its place without running the block. Not where a block
             leaves something behind for a later one (a cache that another layer reads, a shared object).
         batch: whether rows of a batch decode as they would alone; where not, they are run one at a time.
+        head: whether the norm and the head read the last block's output alone. Where they read what earlier blocks
+            handed on as well, no state can be looked at through them.
         refusal: why this family can't be hooked at all, as a sentence; empty where it can.
         attention_norm: name of the norm in a block that the attention's output goes through before it joins the
             residual stream; empty where it joins as it is.
@@ -60,6 +87,7 @@ class Family:
     stream: int = 0
     replay: bool = True
     batch: bool = True
+    head: bool = True
     refusal: str = ""
     attention_norm: str = ""
 
@@ -71,7 +99,9 @@ _MLX_LM = tuple(int(part) for part in version("mlx-lm").split(".")[:2])
 _AFTER = "post_attention_layernorm"  # the name of another norm, in front of the MLP, in the other families
 
 FAMILIES: dict[str, Family] = {
+    # rows of mlx-lm's own ragged batches differ from the rows alone, by the log-probability that is written behind
     "afm7": Family(replay=False, batch=False),
+    "baichuan_m1": Family(batch=False),  # 0.5
     "bailing_moe_linear": Family(batch=False),
     "gemma2": Family(batch=False, attention_norm=_AFTER),
     "gemma3": Family(attention_norm=_AFTER),
@@ -85,19 +115,29 @@ FAMILIES: dict[str, Family] = {
     "glm4": Family(attention_norm="post_self_attn_layernorm"),
     "plamo2": Family(attention_norm="post_mixer_norm"),
     "plamo3": Family(attention_norm="post_mixer_norm"),
+    "gpt_bigcode": Family(batch=False),  # it wants one offset for all rows, and raises
     "jamba": Family(batch=False),
-    "mamba2": Family(batch=_MLX_LM >= (0, 32)),  # before, rows of its batches differed by 0.1 in log-probability
-    "rwkv7": Family(batch=False),  # rows of mlx-lm's ragged batches differ by 0.02 in log-probability
-    "deepseek_v41": Family(replay=False),
-    "kimi_k3": Family(replay=False),
+    "longcat_flash_ngram": Family(batch=False),  # 1.7
+    "mamba": Family(batch=False),  # 1.7
+    "mamba2": Family(batch=_MLX_LM >= (0, 32)),  # 0.1 before
+    "minimax_m3_vl": Family(batch=False),  # 0.2
+    "nemotron_h": Family(batch=False),  # 0.1
+    "olmo_hybrid": Family(batch=False),  # 2.5
+    "rwkv7": Family(batch=False),  # 0.02
+    "kimi_k3": Family(replay=False, head=False),
     "talkie": Family(stream=1),
+    "deepseek_v41": Family(refusal="its residual stream is several streams side by side, (batch, tokens, 4, hidden)"),
+    "gemma3n": Family(refusal="its residual stream is four streams side by side, (4, batch, tokens, hidden)"),
     "iquestloopcoder": Family(refusal="its model never calls its blocks, it inlines them"),
     "muse_spark": Family(refusal="its blocks hand on two streams (h and its norm), and a change to one alone is lost"),
-    "gemma3n": Family(refusal="its residual stream is four streams side by side, (4, batch, tokens, hidden)"),
 }
-"""Model types (the `model_type` of a config) that differ; every other one is `DEFAULT`."""
+"""Files of mlx-lm's models (`mlx_lm.models.gemma2`) that differ; every other one is `DEFAULT`."""
 
 
-def family(model_type: str | None) -> Family:
-    """The facts about a model type."""
-    return FAMILIES.get(model_type or "", DEFAULT)
+def family(*files: str | None) -> Family:
+    """The facts about a model, from what it may be known by: its `model_type`, the files of its classes.
+
+    A `model_type` alone won't do: mlx-lm builds several types from one file (falcon_mamba from mamba), and puts one
+    file's blocks into another's model (vision-language wrappers).
+    """
+    return next((FAMILIES[file] for file in files if file in FAMILIES), DEFAULT)

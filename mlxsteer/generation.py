@@ -491,15 +491,15 @@ def generate_batch(
     """
     limits = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else list(max_tokens)
     limits = [_room([sites.model], 0, len(p), n) for p, n in zip(prompts, limits, strict=True)]
-    if not sites.family.batch:
+    model = sites.model
+    caches = [make_prompt_cache(model, max_kv_size) for _ in prompts]
+    if not sites.family.batch or not all(hasattr(entry, "merge") for entry in caches[0] if entry is not None):
         return [
             generate(sites, tokenizer, p, s, max_tokens=n, logprobs=logprobs, max_kv_size=max_kv_size, **options)
             for p, s, n in zip(prompts, steerings, limits, strict=True)
         ]
-    model = sites.model
     around = tuple(s for plan in active(model) if plan.adopt for s in plan.steerings)
     plan = Plan(sites, steerings=list({id(s): s for s in steerings if s is not None}.values()))
-    caches = [make_prompt_cache(model, max_kv_size) for _ in prompts]
     for cache, tokens, steering in zip(caches, prompts, steerings, strict=True):
         own = (*around, steering) if steering is not None else around
         _prepare(cache, own, _prompt(tokens, 0, tokenizer.decode), Row())

@@ -13,11 +13,17 @@ from mlxsteer.interventions.base import Function, tensor
 from mlxsteer.model import InterpretableModel
 from mlxsteer.plans import Plan
 from mlxsteer.positions import Prompt, Tokens
+from mlxsteer.sites import UnsupportedModel
 
 
 def through_head(model: InterpretableModel, states: mx.array) -> mx.array:
     """The final norm and the head, alone, on states of the residual stream: (n, D) → (n, vocabulary), staged."""
     sites, count = model._sites, states.shape[0]
+    if not sites.family.head:
+        raise UnsupportedModel(
+            f"the head of {sites.model_type} models reads more than the last block's output: no state can be looked at "
+            "through it."
+        )
     last = sites.resolve(f"layers.{len(sites.blocks) - 1}")
     # The last block's output is exchanged, so that nothing before it is ever computed.
     tokens = Tokens([0], [count], count, [Prompt(count, whole=True)])

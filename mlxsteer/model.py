@@ -22,7 +22,8 @@ from jinja2 import TemplateError
 from mlx_lm.generate import GenerationResponse
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mlxsteer import generation, pocket
+from mlxsteer import checking, generation, pocket
+from mlxsteer.checking import Report
 from mlxsteer.generation_options import checked_options, limits_of, sampler_of
 from mlxsteer.hooks import attached, copying, disable, enable, new_owner, residents, settle
 from mlxsteer.interventions.base import whole
@@ -345,6 +346,16 @@ class InterpretableModel:
         with attached(plan):
             yield seen
         plan.check_fired()
+
+    def check(self) -> Report:
+        """Run the model on four tokens and print whether its names hold: for an architecture that nobody tried yet.
+
+        Prints and returns a `Report`: which names it has, whether every block runs once, their shapes, whether a change
+        reaches the logits, whether blocks can be replayed and rows batched. ``report.fine`` is the verdict.
+        """
+        report = checking.check(self._sites)
+        print(report)
+        return report
 
     # -- steering --------------------------------------------------------------------------------------------------
 

@@ -13,8 +13,10 @@ import difflib
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import mlx.nn as nn
 
@@ -62,8 +64,28 @@ class Site:
 
 
 def _first(parent: nn.Module, names: Iterable[str]) -> str | None:
-    """The first of `names` that is a sub-module of `parent`."""
-    return next((name for name in names if isinstance(parent.get(name), nn.Module)), None)
+    """The first of `names` (paths) that is a sub-module of `parent`."""
+    return next((name for name in names if isinstance(_inside(parent, name), nn.Module)), None)
+
+
+def _inside(parent: nn.Module, path: str) -> Any:
+    """What lies at a path below a module, or None."""
+    found: Any = parent
+    for part in path.split("."):
+        found = found.get(part) if isinstance(found, nn.Module) else None
+    return found
+
+
+def _file(module: nn.Module) -> str:
+    """The file that a module's class is written in, without its package."""
+    return type(module).__module__.rsplit(".", 1)[-1]
+
+
+def _roles(block: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Role name → paths that it may mean inside a block."""
+    if "mixer" in block and getattr(block, "block_type", None) in families.MIXER_IS_FEED_FORWARD:
+        return {"mlp": ("mixer",)}
+    return {"attn": families.ATTENTION, "mlp": families.FEED_FORWARD}
 
 
 def _width_of_input(projection: nn.Module) -> int:
@@ -88,17 +110,19 @@ class SiteMap:
     def __init__(self, model: nn.Module, encode: Callable[[str], list[int]] | None = None) -> None:
         self.model, self.encode = model, encode
         self.model_type: str | None = getattr(model, "model_type", None)
-        self.family = families.family(self.model_type)
+        blocks = [b for b in _blocks(model) or () if isinstance(b, nn.Module)]
+        self.family = families.family(self.model_type, _file(model), *dict.fromkeys(map(_file, blocks)))
         if self.family.refusal:
-            raise UnsupportedModel(f"{self.model_type} models can't be steered: {self.family.refusal}.")
+            name = self.model_type or type(model).__name__
+            raise UnsupportedModel(f"{name} models can't be steered: {self.family.refusal}.")
         self._read()
 
     def _read(self) -> None:
         """Take in the model's structure, as it is now."""
         model = self.model
         paths = {id(module): path for path, module in model.named_modules()}
-        blocks = getattr(model, "layers", None)
-        if not isinstance(blocks, (list, tuple)) or not blocks or not all(id(b) in paths for b in blocks):
+        blocks = _blocks(model)
+        if not blocks or not all(id(b) in paths for b in blocks):
             raise UnsupportedModel(
                 f"{type(model).__name__} has no list of blocks: mlxsteer needs a text decoder as mlx-lm builds it, "
                 "with `model.layers`."
@@ -113,6 +137,11 @@ class SiteMap:
         """How many blocks run before a place outside them, by key; filled in as traces find out."""
         for name in ("_fixed", "modules"):
             self.__dict__.pop(name, None)
+
+    @property
+    def container(self) -> str:
+        """The raw path of the list that holds the blocks."""
+        return self._block_paths[0].rsplit(".", 1)[0]
 
     # -- structure -----------------------------------------------------------------------------------------------
 
@@ -134,16 +163,23 @@ class SiteMap:
     @cached_property
     def _fixed(self) -> dict[str, str]:
         """Fixed name → raw path, where the model has such a module."""
-        prefix = f"{self._trunk_path}." if self._trunk_path else ""
-        names = {"embed": _first(self.trunk, families.EMBEDDING), "norm": _first(self.trunk, families.FINAL_NORM)}
-        return {fixed: prefix + name for fixed, name in names.items() if name}
+        names = {"embed": families.EMBEDDING, "norm": families.FINAL_NORM}
+        found: dict[str, str] = {}
+        path = self._trunk_path
+        while True:  # beside the blocks, or further out (plamo)
+            for fixed, known in names.items():
+                if fixed not in found and (name := _first(self._module_at(path), known)):
+                    found[fixed] = f"{path}.{name}" if path else name
+            if not path:
+                return found
+            path = path.rpartition(".")[0]
 
     @cached_property
     def modules(self) -> dict[str, nn.Module]:
         """Canonical key → module, for every module with an output of its own, in the order of the tree.
 
-        Left out are the root (its output is called ``logits``), bare containers, and a module that several parents
-        share (an activation function made once for all layers): it names no one place.
+        Left out are the root (its output is called ``logits``), containers that can't be called, and a module that
+        several parents share (an activation function made once for all layers): it names no one place.
         """
         to_fixed = {path: fixed for fixed, path in self._fixed.items()}
         named = sorted(self.model.named_modules(), key=lambda item: _natural(item[0]))
@@ -151,7 +187,7 @@ class SiteMap:
         return {
             to_fixed.get(path) or self._canonical(path): module
             for path, module in named
-            if path and not _is_head(path) and type(module) is not nn.Module and paths[id(module)] == 1
+            if path and not _is_head(path) and callable(module) and paths[id(module)] == 1
         }
 
     def _canonical(self, path: str) -> str:
@@ -238,7 +274,10 @@ class SiteMap:
         if path in self.modules:
             return path
         role, _, tail = rest[1:].partition(".")
-        names = {"attn": families.ATTENTION, "mlp": families.FEED_FORWARD}.get(role, ())
+        names = _roles(self.blocks[number]).get(role, ())
+        if several := next((n for n in names if isinstance(self.blocks[number].get(n), list)), None):
+            those = " and ".join(f"layers.{number}.{several}.{i}" for i in range(len(self.blocks[number][several])))
+            raise UnknownKey(f"{key!r}: this block has several: {those}.")
         actual = _first(self.blocks[number], names)
         path = f"layers.{number}.{actual}" + (f".{tail}" if tail else "")
         return path if actual and path in self.modules else None
@@ -273,7 +312,7 @@ class SiteMap:
 
     def _in_canonical_words(self, pattern: str) -> str:
         """A glob or range with the blocks' container called ``layers``."""
-        container = self._block_paths[0].rsplit(".", 1)[0]
+        container = self.container
         for path in dict.fromkeys((pattern, pattern.removeprefix("model."), pattern.removeprefix("model.model."))):
             if path.startswith(container + "."):
                 return "layers" + path[len(container) :]
@@ -332,9 +371,24 @@ class SiteMap:
         weight = norm.get("weight") if norm is not None and on_stream else None
         return int(weight.shape[-1]) if weight is not None else None
 
+    def roles(self, layer: int) -> list[str]:
+        """The role names that mean something in a block: of ``attn``, ``mlp`` and ``attn.heads``."""
+        found = []
+        for role in ("attn", "mlp"):
+            with suppress(UnknownKey):
+                if path := self._in_block(layer, f".{role}", role):
+                    found.append(role)
+                    self._heads_site(role, path, self.modules[path], layer, None)
+                    found.append(f"{role}.heads")
+        return found
+
     def _unknown(self, key: str) -> str:
         """The sentence for a key that means nothing here."""
-        roles = [f"layers.{len(self.blocks) // 2}.{role}" for role in ("attn", "mlp", "attn.heads", "input")]
+        if key in ("embed", "norm", "embed.input", "norm.input"):
+            what = "embedding" if key.startswith("embed") else "final norm"
+            return f"{key!r}: the {what} of {self.model_type or 'these'} models is no module of its own."
+        middle = len(self.blocks) // 2
+        roles = [f"layers.{middle}.{role}" for role in (*self.roles(middle), "input")]
         pool = [*self.keys, *roles]
         if key.startswith("layers.") and (match := re.match(r"layers\.(\d+)", key)):
             pool = [k for k in pool if re.match(rf"layers\.{match[1]}(\.|$)", k)] or pool
@@ -344,6 +398,12 @@ class SiteMap:
             f"no place called {key!r} in this {self.model_type or type(self.model).__name__} model of {count} layers. "
             f"Nearest: {', '.join(near)}. All of them: model.sites()."
         )
+
+
+def _blocks(model: nn.Module) -> list[Any] | tuple[Any, ...] | None:
+    """The list of blocks, as mlx-lm's models show it."""
+    blocks = getattr(model, "layers", None)
+    return blocks if isinstance(blocks, (list, tuple)) else None
 
 
 def _is_head(path: str) -> bool:

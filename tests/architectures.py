@@ -109,7 +109,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "exaone4": {"rope_scaling": None, "sliding_window_pattern": "LG"},
     "exaone_moe": {"layer_types": HALF_SLIDING, "is_moe_layer": [False, True, True, True]},
     "falcon_h1": MAMBA | {"mamba_d_ssm": 128},
-    "gear": {"layer_types": ["sliding_attention", "conv", "full_attention", "conv"]},
+    "gear": {"layer_types": ["sliding_attention", "conv_mixer", "full_attention", "conv_mixer"]},
     "gemma3n": {
         "num_kv_shared_layers": 2, "rope_local_base_freq": 10000.0, "final_logit_softcapping": 30.0,
         "layer_types": HALF_SLIDING, "activation_sparsity_pattern": [0.5, 0.5, 0.0, 0.0],
@@ -204,10 +204,6 @@ CHANGES: dict[str, dict[str, Any]] = {
         "ffn_dim_divisor": 16, "num_query_heads": [4, 4, 2, 4], "num_kv_heads": [2, 2, 1, 2],
         "ffn_multipliers": [1.0, 2.0, 1.5, 2.0],
     },
-    "phi3small": {
-        "dense_attention_every_n_layers": 2, "gegelu_limit": 20.0, "blocksparse_block_size": 32,
-        "blocksparse_num_local_blocks": 2, "blocksparse_vert_stride": 2,
-    },
     "phimoe": {
         "rope_scaling": {
             "short_factor": [1.0] * 8, "long_factor": [1.0] * 8, "long_mscale": 1.0, "short_mscale": 1.0,
@@ -264,9 +260,19 @@ NOT_BUILT: dict[str, str] = {
     "activations": PART, "base": PART, "bitlinear_layers": PART, "cache": PART, "gated_delta": PART, "mla": PART,
     "pipeline": PART, "rope_utils": PART, "ssm": PART, "switch_layers": PART,
     "bitnet": "its layers are a Metal kernel, and mlx-lm has nothing else for them",
+    "phi3small": "on MLX's CPU backend its forward writes outside its memory",
     "olmo": "it wants a mask that is an array, and mlx-lm gives it a word",
 }  # fmt: skip
 """Files of which no model is built here → why not."""
+
+
+REFUSED: dict[str, str] = {
+    "deepseek_v41": "several streams side by side",
+    "gemma3n": "four streams side by side",
+    "iquestloopcoder": "never calls its blocks",
+    "muse_spark": "two streams",
+}
+"""Model types that mlxsteer refuses → words of the reason it gives."""
 
 
 def config(name: str) -> dict[str, Any]:
@@ -289,7 +295,10 @@ def build(name: str, dtype: mx.Dtype = mx.float32, *, bits: int | None = None, s
     model = module.Model(module.ModelArgs.from_dict(config(name)))
     model.update(tree_map(_lively, model.parameters()))
     if bits:
-        nn.quantize(model, group_size=32, bits=bits, class_predicate=tiny._can_quantize)
+        own = getattr(model, "quant_predicate", None) or (lambda *_: True)
+        nn.quantize(
+            model, group_size=32, bits=bits, class_predicate=lambda p, m: bool(tiny._can_quantize(p, m) and own(p, m))
+        )
     model.set_dtype(dtype)
     model.eval()
     mx.eval(model.parameters())

@@ -7,9 +7,8 @@ to a plainer way; what is wrong is an AssertionError.
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -17,7 +16,6 @@ from typing import Any
 import architectures
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 import tiny
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
@@ -33,8 +31,16 @@ MADE = 3
 STREAM = {"talkie": 1}
 """Model type → which argument of its blocks is the residual stream, where that isn't the first."""
 
-SEVERAL: dict[str, dict[str, int]] = {}
-"""Model type → what ends a key → how often such modules run in one forward, where that isn't once."""
+LAST = {
+    "nanochat": "its final norm is no module",
+    "talkie": "its final norm is no module",
+    "kimi_k3": "its head reads all that the blocks handed on",
+}
+"""Model types in which no module reads the last block's output alone."""
+
+
+UNQUANTIZED = {"afm7": "unquantized: its layers refuse the arguments of MLX's nn.quantize"}
+"""Model types that MLX can't quantize here → why; they are tried in bfloat16."""
 
 
 def forced(logprobs: mx.array) -> mx.array:
@@ -54,9 +60,9 @@ class Case:
 
     def __post_init__(self) -> None:
         self.bare = architectures.build(self.name, self.dtype, bits=self.bits)
+        self.model = InterpretableModel(self.bare, self.tokenizer)
         self.logits = self.bare(mx.array([PROMPT]))
         mx.eval(self.logits)
-        self.model = InterpretableModel(self.bare, self.tokenizer)
 
     @property
     def layers(self) -> list[int]:
@@ -80,12 +86,31 @@ class Case:
         with self.model.trace(prompt, interventions=interventions, **options):
             return mx.array(self.model.output)
 
-    def behind(self, layer: int) -> tuple[nn.Module, int]:
-        """The module that reads the residual stream behind a block, and which of its arguments that is."""
+    @contextmanager
+    def behind(self, layer: int, change: Callable[[mx.array], mx.array]) -> Iterator[list[mx.array]]:
+        """Change by hand what is read behind a block: the next block's input, or the final norm's.
+
+        Where no module reads it as it is (`LAST`), what the last block gives is changed.
+        """
         blocks = self.bare.layers
         if layer + 1 < len(blocks):
-            return blocks[layer + 1], STREAM.get(self.name, 0)
-        return self.model._sites.modules["norm"], 0
+            hand = entering(blocks[layer + 1], STREAM.get(self.name, 0), change)
+        elif self.name in LAST:
+            hand = leaving(blocks[layer], change)
+        else:
+            hand = entering(self.model._sites.modules["norm"], 0, change)
+        with hand as seen:
+            yield seen
+
+    def spoken(self, key: str) -> bool:
+        """Whether a fixed name means a module here; if not, there is a sentence that says so."""
+        try:
+            self.model._sites.resolve(key)
+        except UnknownKey as refusal:
+            if "is no module of its own" in str(refusal):
+                return False
+            raise
+        return True
 
 
 # -- by hand, without mlxsteer -----------------------------------------------------------------------------------------
@@ -114,6 +139,19 @@ def entering(module: nn.Module, argument: int, change: Callable[[mx.array], mx.a
         module.__class__ = cls
 
 
+@contextmanager
+def leaving(module: nn.Module, change: Callable[[mx.array], mx.array]) -> Iterator[list[mx.array]]:
+    """Change what a module gives, or the first of what it gives."""
+    seen: list[mx.array] = []
+
+    def noted(x: mx.array) -> mx.array:
+        seen.append(change(x))
+        return seen[-1]
+
+    with tiny.by_hand(module, noted):
+        yield seen
+
+
 def same(x: mx.array) -> mx.array:
     return x
 
@@ -126,24 +164,32 @@ def names(case: Case) -> str | None:
     sites = case.model._sites
     with case.model.trace(PROMPT) as trace:
         fired = trace.fired_keys()
-    for key in ("embed", "norm", "logits", *(f"layers.{i}" for i in range(len(sites.blocks)))):
+    fixed = [key for key in ("embed", "norm") if case.spoken(key)]
+    for key in (*fixed, "logits", *(f"layers.{i}" for i in range(len(sites.blocks)))):
         assert key in fired, f"{key} doesn't run, or more than once"
-    for i in range(len(sites.blocks)):
-        roles = []
-        for role in ("attn", "mlp"):
-            try:
-                roles.append(sites.resolve(f"layers.{i}.{role}").key)
-            except UnknownKey:
-                continue
-        assert roles, f"block {i} has neither attention nor a feed-forward part"
-        for key in roles:
-            assert key in fired, f"{key} doesn't run, or more than once"
-    assert sites.expand("layers.*.attn"), "no block has a token mixer"
+    said = [f"no {key}: no module of its own" for key in ("embed", "norm") if key not in fixed]
+    found = [sites.roles(i) for i in range(len(sites.blocks))]
+    for i, roles in enumerate(found):
+        assert roles, f"block {i} has neither a mixer nor a feed-forward part"
+        for role in roles:
+            key = sites.resolve(f"layers.{i}.{role}").key
+            assert role.endswith("heads") or key in fired, f"{key} doesn't run, or more than once"
+    if not any("attn" in roles for roles in found):
+        refusal = refused(case, "layers.0.attn")
+        assert "this block has several: layers.0.self_attn.0 and" in refusal, refusal
+        said.append("several mixers in a block, without a role name")
+    if not any("mlp" in roles for roles in found):
+        said.append("no feed-forward part beside the mixer")
+    return "; ".join(said) or None
+
+
+def refused(case: Case, key: str) -> str:
+    """The sentence that refuses a key; empty where it isn't."""
     try:
-        assert sites.expand("layers.*.mlp")
-    except UnknownKey:
-        return "no feed-forward part beside the mixer"
-    return None
+        case.model._sites.resolve(key)
+    except UnknownKey as refusal:
+        return str(refusal)
+    return ""
 
 
 def exact(case: Case) -> None:
@@ -162,17 +208,11 @@ def exact(case: Case) -> None:
 
 def shapes(case: Case) -> str | None:
     """(batch, tokens, features) at the blocks and their parts; heads, where there are any."""
-    sites, heads = case.model._sites, []
-    keys = ["embed", "norm", "logits"]
+    sites = case.model._sites
+    keys = [key for key in ("embed", "norm") if case.spoken(key)] + ["logits"]
     for i in range(len(sites.blocks)):
-        keys += [f"layers.{i}", f"layers.{i}.input"]
-        for role in ("attn", "mlp", "attn.heads"):
-            try:
-                key = sites.resolve(f"layers.{i}.{role}").key
-            except UnknownKey:
-                continue
-            keys.append(key)
-            heads += [key] if role == "attn.heads" else []
+        keys += [sites.resolve(f"layers.{i}{role}").key for role in ("", ".input", *(f".{r}" for r in sites.roles(i)))]
+    heads = [key for key in keys if key.endswith(".heads")]
     values = case.traced(keys)
     for key, value in values.items():
         assert value.shape[:2] == (1, len(PROMPT)), f"{key} has the shape {value.shape}"
@@ -180,6 +220,9 @@ def shapes(case: Case) -> str | None:
         assert value.dtype == case.dtype or key in ("logits", *heads), f"{key} is {value.dtype}"
     for i in range(len(sites.blocks)):
         assert values[f"layers.{i}"].shape[-1] == case.width
+    with case.behind(0, same) as seen:
+        case.bare(mx.array([PROMPT]))
+    assert mx.array_equal(values["layers.1.input"], seen[0]), "layers.1.input isn't the stream that enters block 1"
     return None if heads else "no attention heads"
 
 
@@ -189,8 +232,7 @@ def added(case: Case) -> None:
         v = (2.0 * case.vector(layer)).astype(case.dtype)
         logits = case.steered({f"layers.{layer}": iv.add_vector(v)})
         assert logits.dtype == case.logits.dtype, f"steered at layers.{layer} the logits are {logits.dtype}"
-        module, argument = case.behind(layer)
-        with entering(module, argument, lambda h, v=v: h + v) as seen:
+        with case.behind(layer, lambda h, v=v: h + v) as seen:
             expected = case.bare(mx.array([PROMPT]))
         assert len(seen) == 1, f"what reads behind layers.{layer} ran {len(seen)} times"
         assert not mx.array_equal(expected, case.logits), f"an edit by hand behind layers.{layer} does nothing"
@@ -202,8 +244,7 @@ def ablated(case: Case) -> None:
     layer = case.layers[1]
     v = case.vector()
     unit = v / mx.linalg.norm(v)
-    module, argument = case.behind(layer)
-    with entering(module, argument, same) as seen, case.model.steer({f"layers.{layer}": iv.ablate(v)}):
+    with case.behind(layer, same) as seen, case.model.steer({f"layers.{layer}": iv.ablate(v)}):
         mx.eval(case.bare(mx.array([PROMPT])))
     left = mx.abs(seen[-1] @ unit) / mx.linalg.norm(seen[-1], axis=-1)
     assert left.max().item() <= 1e-5, f"{left.max().item():.1e} of the direction is left"
@@ -212,12 +253,9 @@ def ablated(case: Case) -> None:
 def causes(case: Case) -> None:
     """A change at each named place changes the logits."""
     sites = case.model._sites
-    keys = ["embed", "norm", *(f"layers.{i}" for i in range(len(sites.blocks))), "layers.1.input"]
-    for role in ("attn", "mlp", "attn.heads"):
-        try:
-            keys += [site.key for site in sites.expand(f"layers.*.{role}")]
-        except UnknownKey:
-            continue
+    keys = [key for key in ("embed", "norm") if case.spoken(key)] + ["layers.1.input"]
+    for i in range(len(sites.blocks)):
+        keys += [sites.resolve(f"layers.{i}{role}").key for role in ("", *(f".{r}" for r in sites.roles(i)))]
     for key in keys:
         moved = case.steered({key: lambda x: x * 1.5 + 0.25})
         assert not mx.array_equal(moved, case.logits), f"a change at {key} doesn't reach the logits"
@@ -256,8 +294,7 @@ def cached(case: Case) -> str | None:
     if own > 1e-4:  # mlx-lm's own ways of running part: hold each against itself, edited by hand
         v = case.vector(1).astype(case.dtype)
         layer = case.layers[1]
-        module, argument = case.behind(layer)
-        with entering(module, argument, lambda h: h + v):
+        with case.behind(layer, lambda h: h + v):
             expected = streamed(case, PROMPT, None)
         distance = far(streamed(case, PROMPT, {f"layers.{layer}": iv.add_vector(v)}), expected)
         assert distance <= 1e-4, f"steered steps are off by {distance:.1e} from an edit by hand"
@@ -302,7 +339,8 @@ def replayed(case: Case) -> str | None:
 
 def quantized(case: Case) -> str | None:
     """With 4-bit weights in bfloat16: bare is bare, an addition is one by hand, and dtypes stay."""
-    small = Case(case.name, case.tokenizer, 4, mx.bfloat16)
+    own = case.name in UNQUANTIZED
+    small = Case(case.name, case.tokenizer, None if own else 4, mx.bfloat16)
     bits = {getattr(module, "bits", None) for module in small.bare.modules()}
     small.logits = small.bare(mx.array([PROMPT]))
     assert mx.array_equal(small.steered(None), small.logits), "reading changes the logits"
@@ -312,7 +350,7 @@ def quantized(case: Case) -> str | None:
     plain = small.traced(keys)
     for key in keys:
         assert steered[key].dtype == plain[key].dtype, f"{key} becomes {steered[key].dtype}"
-    return None if 4 in bits else "no layer of these sizes can be quantized"
+    return None if 4 in bits else UNQUANTIZED[case.name]
 
 
 CHECKS: dict[str, Callable[[Case], str | None]] = {

@@ -1,0 +1,311 @@
+"""Every model type of the installed mlx-lm: built tiny and checked, or not built or refused, each with its reason."""
+
+from __future__ import annotations
+
+import gc
+import importlib
+from collections.abc import Iterator
+from typing import Any
+
+import architectures
+import conformance
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+import tiny
+from architectures import NOT_BUILT, REFUSED
+from conformance import CHECKS, PROMPT, Case
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.tuner.dora import DoRALinear
+from mlx_lm.tuner.lora import LoRALinear
+
+from mlxsteer import InterpretableModel, UnsupportedModel, families, hooks
+from mlxsteer import interventions as iv
+from mlxsteer.sites import SiteMap
+
+FILES = architectures.files()
+TYPES = [name for name in FILES if name not in NOT_BUILT and name not in REFUSED]
+
+
+@pytest.fixture(autouse=True)
+def _forget() -> Iterator[None]:
+    """Each model is freed before the next is built."""
+    yield
+    gc.collect()
+    mx.clear_cache()
+
+
+# -- every file --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_steering_is_what_it_says(name: str, tokenizer: TokenizerWrapper) -> None:
+    try:
+        case = Case(name, tokenizer)
+    except Exception as error:  # noqa: BLE001
+        pytest.fail(
+            f"{name} is unaccounted for ({type(error).__name__}: {error}): write what its config needs in CHANGES, or "
+            "why it isn't built in NOT_BUILT, or let mlxsteer refuse it, with the reason in families.py."
+        )
+    wrong = []
+    for check in CHECKS.values():
+        try:
+            check(case)
+        except Exception as error:  # noqa: BLE001, PERF203
+            wrong.append(f"{check.__name__}: {type(error).__name__}: {error}")
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("name", [name for name in REFUSED if name in FILES])
+def test_what_can_not_be_steered_is_refused_with_the_reason(name: str) -> None:
+    with pytest.raises(UnsupportedModel, match=f"{name} models can't be steered: .*{REFUSED[name]}"):
+        InterpretableModel(architectures.build(name))
+
+
+@pytest.mark.parametrize("name", [name for name in NOT_BUILT if name in FILES and name != "phi3small"])
+def test_what_is_not_built_can_not_be(name: str) -> None:
+    """The reasons hold: a file that can be built after all is to be checked like the others."""
+    if NOT_BUILT[name] == architectures.PART:
+        module = importlib.import_module(f"mlx_lm.models.{name}")
+        assert not hasattr(module, "Model")
+        assert not hasattr(module, "ModelArgs")
+        return
+    with pytest.raises((RuntimeError, ValueError), match=r"No Metal|an mlx\.core\.array and str"):
+        mx.eval(architectures.build(name)(mx.array([PROMPT])))
+
+
+def test_nearly_all_that_can_be_built_can_be_steered() -> None:
+    assert len(TYPES) / len([name for name in FILES if name not in NOT_BUILT]) >= 0.95
+
+
+def test_prompts_reach_behind_the_sliding_windows() -> None:
+    assert architectures.SMALL["sliding_window"] < len(PROMPT)
+    assert tiny.build("llama").layers[0].self_attn.head_dim == architectures.HEAD
+
+
+# -- the checks catch what is wrong --------------------------------------------------------------------------------------
+
+
+def lost(output: Any, x: mx.array) -> Any:
+    return output
+
+
+def doubled(output: Any, x: mx.array) -> Any:
+    return (2 * x - output) if isinstance(output, mx.array) else (2 * x - output[0], *output[1:])
+
+
+@pytest.mark.parametrize(("fault", "caught"), [
+    (lost, {"added", "ablated", "causes"}), (doubled, {"added", "ablated"}),
+])  # fmt: skip
+def test_an_edit_that_is_not_done_right_is_caught(
+    fault: Any, caught: set[str], tokenizer: TokenizerWrapper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = Case("hunyuan", tokenizer)
+    assert isinstance(case.bare.layers[0](mx.zeros((1, 2, 64))), tuple)  # which goes through `with_activation`
+    monkeypatch.setattr(hooks, "with_activation", fault)
+    failed = set()
+    for name in ("added", "ablated", "causes"):
+        try:
+            CHECKS[name](case)
+        except Exception:  # noqa: BLE001, PERF203
+            failed.add(name)
+    assert failed >= caught
+
+
+@pytest.mark.parametrize(("name", "change", "check"), [
+    ("mamba", families.Family(), "batched"),
+    ("kimi_k3", families.Family(replay=False), "replayed"),
+    ("talkie", families.Family(), "shapes"),
+])  # fmt: skip
+def test_a_wrong_fact_about_a_family_is_caught(
+    name: str, change: families.Family, check: str, tokenizer: TokenizerWrapper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(families.FAMILIES, name, change)
+    case = Case(name, tokenizer)
+    with pytest.raises((AssertionError, ValueError, RuntimeError, TypeError)):
+        CHECKS[check](case)
+
+
+def test_a_model_that_its_cache_changes_is_held_against_itself(
+    tokenizer: TokenizerWrapper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where mlx-lm's own steps differ from a recompute, steered ones are compared with steps edited by hand."""
+    case = Case("llama", tokenizer)
+    assert conformance.cached(case) is None
+    monkeypatch.setattr(conformance, "recomputed", lambda *_: mx.zeros((conformance.MADE, 1)))
+    assert "mlx-lm's steps with a cache differ" in (conformance.cached(case) or "")
+
+
+# -- facts about families ----------------------------------------------------------------------------------------------
+
+
+def test_a_family_is_known_by_the_file_its_model_is_built_from() -> None:
+    """mlx-lm builds several model types from one file: the facts are the file's."""
+    module = importlib.import_module("mlx_lm.models.mamba")
+    config = architectures.config("mamba") | {"model_type": "falcon_mamba"}
+    model = module.Model(module.ModelArgs.from_dict(config))
+    assert model.model_type == "falcon_mamba"
+    assert SiteMap(model).family is families.FAMILIES["mamba"]
+
+
+def test_a_feed_forward_part_is_called_one_also_where_it_is_the_blocks_mixer() -> None:
+    sites = SiteMap(architectures.build("nemotron_h"))
+    assert [block.block_type for block in sites.blocks] == ["M", "*", "-", "E"]
+    assert [sites.roles(i) for i in range(4)] == [["attn"], ["attn", "attn.heads"], ["mlp"], ["mlp"]]
+    assert [site.key for site in sites.expand("layers.*.mlp")] == ["layers.2.mixer", "layers.3.mixer"]
+
+
+def test_blocks_that_run_several_times_are_refused_unless_a_call_is_named() -> None:
+    module = importlib.import_module("mlx_lm.models.nanbeige")
+    model = module.Model(module.ModelArgs.from_dict(architectures.config("nanbeige") | {"num_loops": 2}))
+    steer = {"layers.1": iv.scale(2.0)}
+    with pytest.raises(RuntimeError, match=r"layers\.\d runs more than once in a forward: say which call"):
+        with InterpretableModel(model).steer(steer):
+            model(mx.array([PROMPT]))
+    report = InterpretableModel(model).check()
+    assert not report.fine
+    assert "run several times in a forward" in str(report)
+
+
+# -- quantized and adapted modules ---------------------------------------------------------------------------------------
+
+MODES = [("affine", 32, bits) for bits in (2, 3, 4, 5, 6, 8)] + [("mxfp4", 32, 4), ("mxfp8", 32, 8), ("nvfp4", 16, 4)]
+
+
+def addition(model: nn.Module) -> None:
+    """An addition at each block, at a projection and at the heads is one by hand."""
+    ids, v = mx.array([PROMPT]), mx.random.normal((64,), key=mx.random.key(1))
+    bare, wrapped = model(ids), InterpretableModel(model)
+    for layer in range(4):
+        with wrapped.trace(PROMPT, interventions={f"layers.{layer}": iv.add_vector(v, 2.0)}):
+            steered = mx.array(wrapped.output)
+        with tiny.by_hand(model.layers[layer], lambda h: h + (2.0 * v).astype(h.dtype)):
+            expected = model(ids)
+        assert mx.array_equal(steered, expected)
+        assert not mx.array_equal(steered, bare)
+        assert steered.dtype == bare.dtype
+    with wrapped.trace(PROMPT, interventions={"layers.1.attn.o_proj": iv.add_vector(v), "layers.2.mlp": iv.scale(2.0)}):
+        steered = mx.array(wrapped.output)
+    with tiny.by_hand(model.layers[1].self_attn.o_proj, lambda h: h + v.astype(h.dtype)):
+        with tiny.by_hand(model.layers[2].mlp, lambda h: h * 2):
+            assert mx.array_equal(steered, model(ids))
+    site = wrapped._sites.resolve("layers.1.attn.heads")
+    assert wrapped._sites.width(site) == 16
+    assert wrapped._sites.width(wrapped._sites.resolve("layers.1.mlp.down_proj.input")) == 128
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text"])
+@pytest.mark.parametrize(("mode", "group", "bits"), MODES)
+def test_an_addition_on_quantized_weights_is_one_by_hand(name: str, mode: str, group: int, bits: int) -> None:
+    model = tiny.build(name)
+    nn.quantize(model, group_size=group, bits=bits, mode=mode, class_predicate=tiny._can_quantize)
+    projection = model.layers[0].self_attn.o_proj
+    assert (projection.bits, projection.mode) == (bits, mode)
+    addition(model)
+
+
+def test_an_addition_on_mixed_quantization_is_one_by_hand() -> None:
+    model = tiny.build("llama")
+
+    def mixed(path: str, module: nn.Module) -> Any:
+        if not tiny._can_quantize(path, module) or "k_proj" in path:
+            return False
+        return {"group_size": 32, "bits": 6 if "v_proj" in path or "down_proj" in path else 3}
+
+    nn.quantize(model, class_predicate=mixed)
+    attention = model.layers[0].self_attn
+    assert (attention.o_proj.bits, attention.v_proj.bits) == (3, 6)
+    assert isinstance(attention.k_proj, nn.Linear)
+    addition(model)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("wrap", [LoRALinear, DoRALinear])
+@pytest.mark.parametrize("bits", [None, 4])
+def test_an_addition_on_adapted_modules_is_one_by_hand(name: str, wrap: Any, bits: int | None) -> None:
+    model = tiny.build(name, bits=bits)
+    for block in model.layers:
+        for parent, part in ((block.self_attn, "o_proj"), (block.self_attn, "q_proj"), (block.mlp, "down_proj")):
+            adapted = wrap.from_base(parent[part], r=4)
+            adapted.lora_b = mx.random.normal(adapted.lora_b.shape, key=mx.random.key(2))
+            parent[part] = adapted
+    model.eval()
+    assert isinstance(model.layers[1].self_attn.o_proj, wrap)
+    addition(model)
+
+
+# -- a check of one model ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "nemotron_h", "longcat_flash", "kimi_k3", "talkie", "llama4"])
+def test_a_check_finds_known_models_fine(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    report = InterpretableModel(architectures.build(name)).check()
+    assert report.fine, str(report)
+    assert capsys.readouterr().out == f"{report}\n"
+    assert [f.what for f in report.findings] == ["names", "firings", "shapes", "cause", "replay", "batch"]
+
+
+class Block(nn.Module):
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.mlp = nn.Linear(8, width, bias=False)
+
+    def __call__(self, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
+        return self.mlp(x)
+
+
+class Unknown(nn.Module):
+    """A model of an architecture that nobody knows, which is wrong in some way."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.model_type = how, "unknown"
+        self.embed_tokens = nn.Embedding(16, 8)
+        self.layers = [Block(), Block(), Block(6 if how == "width" else 8)]
+        self.norm = nn.RMSNorm(6 if how == "width" else 8)
+        self._kept: list[mx.array] = []
+
+    def __call__(self, ids: mx.array, cache: Any = None) -> mx.array:
+        h = start = self.embed_tokens(ids)
+        for block in self.layers:
+            h = block.mlp(h) if self.how == "inlined" else block(h)
+            if self.how == "twice":
+                h = block(h)
+        if self.how == "dropped":
+            h = start
+        if self.how == "state":
+            self._kept.append(h)
+            h = h + len(self._kept)
+        return self.norm(h)
+
+
+@pytest.mark.parametrize(("how", "what", "says"), [
+    ("inlined", "firings", "never run: a change there is lost"),
+    ("twice", "firings", "run several times in a forward"),
+    ("width", "shapes", "the blocks differ"),
+    ("dropped", "cause", "doesn't reach the logits"),
+    ("state", "replay", "the logits differ by"),
+])  # fmt: skip
+def test_a_check_says_what_is_wrong_with_an_unknown_model(how: str, what: str, says: str) -> None:
+    model = Unknown(how)
+    before = tiny.classes(model)
+    report = InterpretableModel(model).check()
+    assert not report.fine
+    wrong = next(finding for finding in report.findings if not finding.fine)
+    assert wrong.what == what
+    assert says in wrong.says
+    assert tiny.classes(model) == before
+
+
+def test_a_check_of_an_unknown_model_that_is_right_is_fine() -> None:
+    report = InterpretableModel(Unknown("right")).check()
+    assert report.fine, str(report)
+    assert "mlp in 3 of 3" in str(report)
+
+
+def test_steering_that_is_in_force_does_not_reach_a_check() -> None:
+    model = InterpretableModel(tiny.build("llama"))
+    plain = model.check()
+    with model.steer({"layers.0": iv.zero_out()}):
+        assert model.check() == plain
+        model.model(mx.array([PROMPT]))
