@@ -104,13 +104,14 @@ def page(rows: list[Row], not_built: dict[str, str], checks: list[Any]) -> str:
         "",
         *(f"- **{check.__name__}**: {check.__doc__.strip()}" for check in checks),
         "",
-        "All comparisons are with the plain model, edited by hand. Prompts are longer than the sliding windows. Where a "
-        "row says *one row at a time*, `generate` does so by itself, since rows of mlx-lm's own batches differ from the "
-        "rows alone or can't be batched there.",
+        "All comparisons are with the plain model, edited by hand. Prompts are longer than the sliding windows. Where "
+        "a row says *one row at a time*, `generate` does so by itself, since rows of mlx-lm's own batches differ from "
+        "the rows alone or can't be batched there.",
         "",
         "## Steered",
         "",
-        "The keys are the same everywhere: `layers.5`, `layers.5.attn`, `layers.5.mlp`. The columns say what they mean.",
+        "The keys are the same everywhere: `layers.5`, `layers.5.attn`, `layers.5.mlp`. The columns say which modules",
+        "they mean.",
         "",
         "| model type | result | blocks | `attn` | `mlp` | `attn.heads` | besides |",
         "|---|---|---|---|---|---|---|",

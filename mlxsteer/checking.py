@@ -123,7 +123,7 @@ class _Forwards:
 
 def _names(sites: SiteMap) -> Finding:
     count = len(sites.blocks)
-    found = {role: 0 for role in ("attn", "attn.heads", "mlp")}
+    found = dict.fromkeys(("attn", "attn.heads", "mlp"), 0)
     bare = []
     for layer in range(count):
         roles = sites.roles(layer)

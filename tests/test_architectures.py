@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import gc
 import importlib
+import re
 from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import architectures
@@ -51,7 +54,7 @@ def test_steering_is_what_it_says(name: str, tokenizer: TokenizerWrapper) -> Non
     for check in CHECKS.values():
         try:
             check(case)
-        except Exception as error:  # noqa: BLE001, PERF203
+        except Exception as error:  # noqa: BLE001
             wrong.append(f"{check.__name__}: {type(error).__name__}: {error}")
     assert not wrong, "\n".join(wrong)
 
@@ -78,12 +81,22 @@ def test_nearly_all_that_can_be_built_can_be_steered() -> None:
     assert len(TYPES) / len([name for name in FILES if name not in NOT_BUILT]) >= 0.95
 
 
+def test_the_page_is_of_these_files() -> None:
+    """`make architectures` writes it; a new mlx-lm asks for it anew."""
+    page = Path(__file__).parent.parent.joinpath("docs/architectures.md").read_text(encoding="utf-8")
+    if f"mlx-lm {version('mlx-lm')}," not in page:
+        return
+    named = re.findall(r"^\| ([\w-]+) \|", page, re.M)
+    assert sorted(set(named) - {"model", "file"}) == sorted(FILES)
+    assert not re.search(r"^\| [\w-]+ \| \d+ fail", page, re.M)
+
+
 def test_prompts_reach_behind_the_sliding_windows() -> None:
     assert architectures.SMALL["sliding_window"] < len(PROMPT)
     assert tiny.build("llama").layers[0].self_attn.head_dim == architectures.HEAD
 
 
-# -- the checks catch what is wrong --------------------------------------------------------------------------------------
+# -- the checks catch what is wrong ------------------------------------------------------------------------------------
 
 
 def lost(output: Any, x: mx.array) -> Any:
@@ -107,7 +120,7 @@ def test_an_edit_that_is_not_done_right_is_caught(
     for name in ("added", "ablated", "causes"):
         try:
             CHECKS[name](case)
-        except Exception:  # noqa: BLE001, PERF203
+        except Exception:  # noqa: BLE001
             failed.add(name)
     assert failed >= caught
 
@@ -159,15 +172,15 @@ def test_blocks_that_run_several_times_are_refused_unless_a_call_is_named() -> N
     module = importlib.import_module("mlx_lm.models.nanbeige")
     model = module.Model(module.ModelArgs.from_dict(architectures.config("nanbeige") | {"num_loops": 2}))
     steer = {"layers.1": iv.scale(2.0)}
-    with pytest.raises(RuntimeError, match=r"layers\.\d runs more than once in a forward: say which call"):
-        with InterpretableModel(model).steer(steer):
-            model(mx.array([PROMPT]))
+    again = pytest.raises(RuntimeError, match=r"layers\.\d runs more than once in a forward: say which call")
+    with again, InterpretableModel(model).steer(steer):
+        model(mx.array([PROMPT]))
     report = InterpretableModel(model).check()
     assert not report.fine
     assert "run several times in a forward" in str(report)
 
 
-# -- quantized and adapted modules ---------------------------------------------------------------------------------------
+# -- quantized and adapted modules -------------------------------------------------------------------------------------
 
 MODES = [("affine", 32, bits) for bits in (2, 3, 4, 5, 6, 8)] + [("mxfp4", 32, 4), ("mxfp8", 32, 8), ("nvfp4", 16, 4)]
 
@@ -186,9 +199,9 @@ def addition(model: nn.Module) -> None:
         assert steered.dtype == bare.dtype
     with wrapped.trace(PROMPT, interventions={"layers.1.attn.o_proj": iv.add_vector(v), "layers.2.mlp": iv.scale(2.0)}):
         steered = mx.array(wrapped.output)
-    with tiny.by_hand(model.layers[1].self_attn.o_proj, lambda h: h + v.astype(h.dtype)):
-        with tiny.by_hand(model.layers[2].mlp, lambda h: h * 2):
-            assert mx.array_equal(steered, model(ids))
+    projection = tiny.by_hand(model.layers[1].self_attn.o_proj, lambda h: h + v.astype(h.dtype))
+    with projection, tiny.by_hand(model.layers[2].mlp, lambda h: h * 2):
+        assert mx.array_equal(steered, model(ids))
     site = wrapped._sites.resolve("layers.1.attn.heads")
     assert wrapped._sites.width(site) == 16
     assert wrapped._sites.width(wrapped._sites.resolve("layers.1.mlp.down_proj.input")) == 128
@@ -234,7 +247,7 @@ def test_an_addition_on_adapted_modules_is_one_by_hand(name: str, wrap: Any, bit
     addition(model)
 
 
-# -- a check of one model ------------------------------------------------------------------------------------------------
+# -- a check of one model ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "nemotron_h", "longcat_flash", "kimi_k3", "talkie", "llama4"])

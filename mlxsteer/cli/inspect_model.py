@@ -76,13 +76,18 @@ def model_facts(model: InterpretableModel, *, check: bool = False) -> ModelFacts
     roles: dict[str, str] = {}
     for layer in range(len(sites.blocks)):
         for role in sites.roles(layer):
-            key = sites.resolve(f"layers.{layer}.{role}").key.removesuffix(".heads" * role.endswith(".heads"))
-            roles[_starred(key)] = f"layers.*.{role}" if not role.endswith("heads") else f"{roles[_starred(key)]}, heads"
+            key = _starred(sites.resolve(f"layers.{layer}.{role}").key)
+            if role.endswith(".heads"):
+                roles[key.removesuffix(".heads")] = f"layers.*.{role.removesuffix('.heads')}, heads"
+            else:
+                roles.setdefault(key, f"layers.*.{role}")
     for key, module in sites.modules.items():
         site = sites.resolve(key)
         layers = kinds.setdefault((_starred(key), sites.width(site), _weight(module)), [])
         layers += [] if site.layer is None else [site.layer]
-    rows = [KeyRow(key, roles.get(key, ""), _span(layers), width, weight) for (key, width, weight), layers in kinds.items()]
+    rows = [
+        KeyRow(key, roles.get(key, ""), _span(layers), width, weight) for (key, width, weight), layers in kinds.items()
+    ]
     arrays: list[tuple[str, Any]] = tree_flatten(model.model.parameters())
     return ModelFacts(
         model.name,
