@@ -203,6 +203,8 @@ def _replay(forwards: _Forwards) -> Finding:
 
 
 def _batch(sites: SiteMap) -> Finding:
+    if not hasattr(sites.model, "layers"):
+        return Finding("batch", True, "no model.layers, which mlx-lm's generators need: trace, record and steer work")
     cache = make_prompt_cache(sites.model)
     if not sites.family.batch:
         return Finding("batch", True, "rows of mlx-lm's batches differ from rows alone: they run one at a time")

@@ -48,8 +48,12 @@ EMBEDDING = (
     "tok_embeddings",
     "token_embeddings",
     "ngram_embeddings",
+    "embd.wte",  # phixtral
 )
 """Names of the token embedding, beside the blocks."""
+
+TEXT_MODEL = ("language_model", "text_model", "decoder", "model")
+"""Names of the text model inside a model that doesn't show its blocks as `layers`."""
 
 LEARNED_POSITIONS = ("wpe", "embed_positions", "position_embedding", "position_embeddings")
 """Names of the table of learned positions, beside the token embedding; there is nothing to read behind its end."""
@@ -64,6 +68,7 @@ FINAL_NORM = (
     "embedding_norm",
     "ln_out",
     "output_norm",
+    "lm_head.ln",  # phixtral
 )
 """Names of the norm after the last block, beside the blocks."""
 
@@ -123,6 +128,7 @@ FAMILIES: dict[str, Family] = {
     "minimax_m3_vl": Family(batch=False),  # 0.2
     "nemotron_h": Family(batch=False),  # 0.1
     "olmo_hybrid": Family(batch=False),  # 2.5
+    "recurrent_gemma": Family(batch=False),  # 0.3
     "rwkv7": Family(batch=False),  # 0.02
     "kimi_k3": Family(replay=False, head=False),
     "talkie": Family(stream=1),

@@ -7,6 +7,7 @@ hooks do is said by plans on a stack that belongs to the context (thread or task
 
 from __future__ import annotations
 
+import copy
 import copyreg
 import functools
 import inspect
@@ -302,8 +303,8 @@ def alias(x: Any) -> Any:
 
 
 def activation(output: Any, site: Site) -> mx.array:
-    """The activation in what a module gave: the output itself, or the first of several."""
-    x = output[0] if isinstance(output, (tuple, list)) and output else output
+    """The activation in what a module gave: the output itself, the first of several, or what is called logits."""
+    x = _first(output)
     if not isinstance(x, mx.array):
         raise TypeError(f"{site.key} is no activation: its module gives {type(output).__name__}.")
     if site.heads:
@@ -313,11 +314,21 @@ def activation(output: Any, site: Site) -> mx.array:
 
 def with_activation(output: Any, x: mx.array) -> Any:
     """What a module gave, with another activation in it (a view as heads is undone)."""
-    first = output[0] if isinstance(output, (tuple, list)) and output else output
+    first = _first(output)
     x = x if x.shape == first.shape else x.reshape(first.shape)
     if isinstance(output, (tuple, list)):
         return type(output)(x, *output[1:]) if hasattr(output, "_fields") else type(output)((x, *output[1:]))
+    if first is not output:
+        output = copy.copy(output)
+        output.logits = x
+        return output
     return x
+
+
+def _first(output: Any) -> Any:
+    if isinstance(output, (tuple, list)) and output:
+        return output[0]
+    return output if isinstance(output, mx.array) else getattr(output, "logits", output)  # mlx-vlm's models
 
 
 # -- one forward ---------------------------------------------------------------------------------------------------

@@ -401,9 +401,18 @@ class SiteMap:
 
 
 def _blocks(model: nn.Module) -> list[Any] | tuple[Any, ...] | None:
-    """The list of blocks, as mlx-lm's models show it."""
+    """The list of blocks, as mlx-lm's models show it; in others the longest list of modules of the text model."""
     blocks = getattr(model, "layers", None)
-    return blocks if isinstance(blocks, (list, tuple)) else None
+    if isinstance(blocks, (list, tuple)) or blocks is not None:
+        return blocks if isinstance(blocks, (list, tuple)) else None
+    text = next((model[name] for name in families.TEXT_MODEL if isinstance(model.get(name), nn.Module)), None)
+    lists = [
+        part
+        for module in (text.modules() if text is not None else ())
+        for part in module.values()
+        if isinstance(part, list) and part and all(isinstance(one, nn.Module) and callable(one) for one in part)
+    ]
+    return max(lists, key=len, default=None)
 
 
 def _is_head(path: str) -> bool:

@@ -6,6 +6,7 @@ import gc
 import importlib
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,7 @@ def test_a_model_that_its_cache_changes_is_held_against_itself(
     """Where mlx-lm's own steps differ from a recompute, steered ones are compared with steps edited by hand."""
     case = Case("llama", tokenizer)
     assert conformance.cached(case) is None
+    case = Case("llama", tokenizer)
     monkeypatch.setattr(conformance, "recomputed", lambda *_: mx.zeros((conformance.MADE, 1)))
     assert "mlx-lm's steps with a cache differ" in (conformance.cached(case) or "")
 
@@ -245,6 +247,47 @@ def test_an_addition_on_adapted_modules_is_one_by_hand(name: str, wrap: Any, bit
     model.eval()
     assert isinstance(model.layers[1].self_attn.o_proj, wrap)
     addition(model)
+
+
+# -- models that other packages build ----------------------------------------------------------------------------------
+
+
+@dataclass
+class Said:
+    """What mlx-vlm's models give."""
+
+    logits: mx.array
+    states: Any = None
+
+
+class Seeing(nn.Module):
+    """A model around a text model, without `layers`, as mlx-vlm builds them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vision_tower = [nn.Linear(4, 4) for _ in range(9)]
+        self.language_model = tiny.build("llama")
+
+    def __call__(self, input_ids: mx.array, pixel_values: Any = None, mask: Any = None, cache: Any = None) -> Said:
+        return Said(self.language_model(input_ids, cache=cache))
+
+
+def test_a_text_model_inside_another_one_is_found_and_steered() -> None:
+    seeing = Seeing()
+    model, ids = InterpretableModel(seeing), mx.array([PROMPT])
+    assert model._sites.container == "language_model.model.layers"
+    v = mx.random.normal((64,), key=mx.random.key(3))
+    with model.trace(PROMPT, interventions={"layers.1": iv.add_vector(v)}) as trace:
+        logits = mx.array(trace.activations["logits"])
+    with model.steer({"layers.1": iv.add_vector(v), "logits": iv.scale(2.0)}):
+        steered = seeing(ids)
+    with tiny.by_hand(seeing.language_model.layers[1], lambda h: h + v):
+        expected = seeing(ids).logits
+    assert mx.array_equal(logits, expected)
+    assert isinstance(steered, Said)
+    assert mx.array_equal(steered.logits, 2 * expected)
+    assert not mx.array_equal(expected, seeing(ids).logits)
+    assert model.check().fine
 
 
 # -- a check of one model ----------------------------------------------------------------------------------------------
