@@ -17,6 +17,7 @@ import architectures
 import mlx.core as mx
 import mlx.nn as nn
 import tiny
+from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 import mlxsteer as ms
@@ -322,7 +323,8 @@ def batched(case: Case) -> str | None:
     rows = case.model.generate(prompts, steers, **options)
     distance = max(far(row.logprobs, one) for row, one in zip(rows, alone, strict=True))
     assert distance <= 1e-4, f"rows of a batch are off by {distance:.1e}"
-    return None if case.model._sites.family.batch else "one row at a time"
+    merged = all(hasattr(entry, "merge") for entry in make_prompt_cache(case.bare) if entry is not None)
+    return None if case.model._sites.family.batch and merged else "one row at a time"
 
 
 def replayed(case: Case) -> str | None:
