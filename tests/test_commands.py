@@ -182,3 +182,16 @@ def test_what_is_wrong_is_one_sentence_and_exit_code_1(
     assert message in aside
     assert aside.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_inspect_says_what_a_model_has(run: Run) -> None:
+    code, told, _ = run("inspect", "--model", "pocket", "--check")
+    assert code == 0
+    assert "layers.*.self_attn.q_proj" in told
+    assert "4-bit" in told
+    facts = json.loads(run("inspect", "--model", "pocket", "--json")[1])
+    assert (facts["layers"], facts["architecture"], facts["chat_template"]) == (8, "llama", True)
+    for words, message in ((("inspect",), "name one thing"), (("inspect", "x", "--check"), "--check is of a model")):
+        code, _, aside = run(*words)
+        assert code == 1
+        assert message in aside

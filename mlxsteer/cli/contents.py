@@ -13,10 +13,12 @@ from rich.console import Console
 
 from mlxsteer import interventions as iv
 from mlxsteer.caches import KEY, cache_history, load_prompt_cache
+from mlxsteer.cli.inspect_model import inspect_model
 from mlxsteer.cli.screen import literal
 from mlxsteer.cli.sources import Named
 from mlxsteer.formats.cards import exactness
 from mlxsteer.interventions.files import FORMAT, as_json
+from mlxsteer.model import InterpretableModel
 from mlxsteer.publishing import RECORD, record_of
 from mlxsteer.refusal import RefusalDirection
 from mlxsteer.vectors import FORMAT as VECTOR
@@ -27,13 +29,29 @@ Found: TypeAlias = "tuple[dict[str, Any], list[str]]"
 
 
 def inspect(
-    file: Annotated[str, typer.Argument(help="A file or folder, or a vector's repository, user/repo.")],
+    file: Annotated[
+        str | None, typer.Argument(help="A file or folder, or a vector's repository, user/repo.", show_default=False)
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="In place of a file: a Hugging Face name, a folder, or 'pocket'.")
+    ] = None,
+    check: Annotated[bool, typer.Option("--check", help="Run the model once, and check its names.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object in place of words.")] = False,
 ) -> None:
-    """Say what is in a vector, a file of interventions, a prompt cache, an adapter or a baked model.
+    """Say what is in a vector, interventions, a prompt cache, an adapter or a baked model; or what a model has.
 
-    No model is loaded and nothing is run.
+    Of a file no model is loaded and nothing is run. Of a model: keys by layer, shapes, quantization, chat template.
     """
+    if (file is None) == (model is None):
+        raise ValueError("name one thing to look into: a file, or --model NAME.")
+    if check and model is None:
+        raise ValueError("--check is of a model: mlxsteer inspect --model NAME --check.")
+    if model is not None:
+        facts = inspect_model(InterpretableModel(model), Console(quiet=json), check=check)
+        if json:
+            typer.echo(as_json(facts.as_data()))
+        return
+    assert file is not None
     data, words = contents(file)
     if json:
         typer.echo(as_json({"path": file, **data}))

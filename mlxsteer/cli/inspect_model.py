@@ -8,7 +8,7 @@ from typing import Any
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from mlxsteer import checking
 from mlxsteer.model import InterpretableModel
@@ -120,12 +120,13 @@ def inspect_model(model: InterpretableModel, console: Console | None = None, *, 
     said = ", ".join(f"{name} ({count} modules)" for name, count in facts.quantization.items())
     console.print(f"quantization: {said or 'none'}")
     console.print(f"chat template: {template}")
-    table = Table("key", "also", "layers", "width", "weight", box=None, pad_edge=False)
+    whole = [Column(name, no_wrap=True) for name in ("key", "also", "layers", "width")]
+    table = Table(*whole, "weight", box=None, pad_edge=False)
     for row in facts.keys:
         table.add_row(row.key, row.role, row.layers, str(row.width or ""), row.weight)
     console.print(table)
     if facts.check is not None:
-        console.print(facts.check, markup=False, highlight=False)
+        console.print(facts.check, markup=False, highlight=False, soft_wrap=True)
     return facts
 
 
