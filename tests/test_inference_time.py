@@ -11,7 +11,7 @@ import pytest
 
 import mlxsteer as ms
 from mlxsteer import InterpretableModel
-from mlxsteer.inference_time import logistic, mass_mean_shift
+from mlxsteer.inference_time import _doubts, logistic, mass_mean_shift
 from mlxsteer.measures import preference_shift
 
 
@@ -118,6 +118,14 @@ def test_heads_that_tell_nothing_apart_are_warned_of(pocket: InterpretableModel,
     warnings = " ".join(ms.shift_heads(pocket, mixed, top=32).warnings)
     assert "tell the sides apart" in warnings
     assert "chosen on 6 pairs" in warnings
+
+
+def test_a_best_probe_at_chance_is_told_from_a_few_weak_ones() -> None:
+    assert (
+        "no head tells the sides apart: the best probe is right on 55%" in _doubts([(1, 2, 0.55), (0, 0, 0.5)], 20)[0]
+    )
+    assert _doubts([(1, 2, 0.9), (0, 0, 0.5)], 20) == ["1 of the 2 heads hardly tell the sides apart: take fewer."]
+    assert _doubts([(1, 2, 0.9), (0, 0, 0.8)], 20) == []
 
 
 REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
