@@ -58,8 +58,8 @@ def whole_folder(target: Path, overwrite: bool) -> Iterator[Path]:
         FileExistsError: something came to be there meanwhile that may not be replaced.
     """
     target = target.absolute()
-    temporary = target.with_name(f".{secrets.token_hex(8)}")
-    aside = target.with_name(f".{secrets.token_hex(8)}")
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.unfinished")
+    aside = target.with_name(f".{target.name}.{secrets.token_hex(4)}.before")
     try:
         temporary.mkdir()
         yield temporary

@@ -228,6 +228,9 @@ class _Folding:
         for key in sorted(self.found, key=lambda key: order[key]):
             module = self.sites.modules[key]
             in_order = tuple(op for *_, op in sorted(self.found[key], key=lambda one: one[:2]))
+            if width := self.sites.width(self.sites.resolve(key)):
+                for part, _ in in_order:
+                    part.check(width, key)
             folds.append(Fold(self.paths[id(module)], key, module, in_order))
         return folds
 

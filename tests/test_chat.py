@@ -532,7 +532,7 @@ def run(*arguments: str, monkeypatch: pytest.MonkeyPatch) -> int:
         (("--vector", "sentimant"), "there is no file sentimant; 'user/repo' would ask"),
         (("--vector", "sentimant"), "Nearest contrast sets: sentiment"),
         (("--vector", "v.safetensors", "--layer", "8"), "--layer 8: v.safetensors has no direction there"),
-        (("--vector", "v.safetensors", "--vector", "w/v.safetensors"), "two files are called v"),
+        (("--vector", "v.safetensors", "--vector", "w/v.safetensors"), "two of what steers are called v"),
         (("--layer", "3"), "name one by --vector"),
         (("--interventions", "i.safetensors", "--layer", "3"), "name one by --vector"),
         (("--interventions", "i.safetensors", "--at", "last"), "--at last says where a vector acts"),

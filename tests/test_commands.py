@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx_lm
 import numpy as np
 import pytest
 
-from mlxsteer import InterpretableModel, SteeringVector, datasets, evaluate, extract, recommended, select, sweep
+from mlxsteer import InterpretableModel, SteeringVector, bake, datasets, evaluate, extract, recommended, select, sweep
 from mlxsteer import interventions as iv
 from mlxsteer.cli import main
 
@@ -195,3 +197,27 @@ def test_inspect_says_what_a_model_has(run: Run) -> None:
         code, _, aside = run(*words)
         assert code == 1
         assert message in aside
+
+
+def test_a_strength_in_residual_norms_is_baked_and_exported_as_python_does(
+    run: Run, saved: Path, pocket: InterpretableModel, tmp_path: Path
+) -> None:
+    said = ("--steer", saved, "--layer", "5", "--strength", "0.1", "--unit", "residual")
+    code, _, aside = run("export", *said, "--to", tmp_path / "mood.gguf")
+    assert (code, aside) == (0, "")
+    exact = SteeringVector.load(saved)
+    wanted = 0.1 * exact.residual_norms[5] * exact[5] / mx.linalg.norm(exact[5])
+    assert mx.allclose(SteeringVector.load(tmp_path / "mood.gguf")[5], wanted, atol=1e-5)
+    adapter = {"layers.5.attn": iv.ablate(exact[5]), "layers.5.mlp": iv.ablate(exact[5])}
+    iv.save(adapter, tmp_path / "without.safetensors")
+    assert run("export", "--steer", tmp_path / "without.safetensors", "--to", tmp_path / "adapter")[0] == 0
+    use = run("inspect", tmp_path / "adapter")[1]
+    given = re.search(r"mlx_lm\.load\('(.*)', adapter_path='(.*)'\)", use)
+    assert given is not None
+    model, _ = mlx_lm.load(given[1], adapter_path=given[2])[:2]
+    tokens = mx.array([pocket.encode(PROMPT)])
+    with pocket.steer(adapter):
+        assert mx.allclose(model(tokens), pocket.model(tokens), atol=1e-4)
+    short = {"layers.5.mlp": iv.ablate(exact[5][:10])}
+    with pytest.raises(ValueError, match="has width 10, the activation has 256"):
+        bake(pocket, short, tmp_path / "folder", dry_run=True)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from mlx_lm.generate import GenerationResponse
@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mlxsteer import interventions as iv
-from mlxsteer.cli.options import Model, Steer, finite
+from mlxsteer.cli.options import Model, Steer, Unit, finite, unit_of
 from mlxsteer.cli.screen import literal, remarks, sentence
 from mlxsteer.cli.sources import Named, Source, opened, position, sources_of
 from mlxsteer.interventions.base import Intervention
@@ -109,7 +109,13 @@ class Chat:
     # -- steering ----------------------------------------------------------------------------------------------------
 
     def add(
-        self, name: str, source: Source, layer: int | None = None, strength: float | None = None, at: At = "all"
+        self,
+        name: str,
+        source: Source,
+        layer: int | None = None,
+        strength: float | None = None,
+        at: At = "all",
+        unit: Literal["raw", "residual"] = "raw",
     ) -> None:
         """A further steering, which acts after those there are; one of the same name is replaced.
 
@@ -119,12 +125,13 @@ class Chat:
             layer: where a vector acts: unless told, where its pairs were measured to steer best, or in its middle.
             strength: 1, unless told.
             at: the tokens that a vector acts on.
+            unit: of a vector's strength.
 
         Raises:
             ValueError: it is another model's, or has strengths for several rows.
             KeyError: the vector lacks the layer, or the model a place.
         """
-        one = Named.made(self.model, source, () if layer is None else (layer,), strength, at)
+        one = Named.made(self.model, source, () if layer is None else (layer,), strength, at, unit)
         self.steerings.pop(name, None)
         self.steerings[name] = one
 
@@ -361,6 +368,7 @@ def chat(
     strength: Annotated[
         float | None, typer.Option(callback=finite, help="How strongly; 0 is plain, 1 unless told.")
     ] = None,
+    unit: Unit = "raw",
     at: Annotated[
         str | None, typer.Option(help="The tokens that vectors act on, all unless told: as /at in the chat.")
     ] = None,
@@ -377,6 +385,7 @@ def chat(
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a byte that is no text must not end the chat
     screen, aside = Console(), Console(stderr=True)
+    measure = unit_of(unit)
     place = "all" if at is None else position(at)
     sources = sources_of([*(vector or ()), *([interventions] if interventions else [])], layer, at, model)
     if strength is not None and not sources:
@@ -387,6 +396,6 @@ def chat(
         aside.print(literal(f"{model} has no chat template: it goes on with your text as it stands."), soft_wrap=True)
     with remarks(aside):
         for name, source in sources.items():
-            talking.add(name, source, layer, strength, place)
+            talking.add(name, source, layer, strength, place, measure)
     aside.print(literal("\n".join([*talking.words(), "/help lists the commands."])), soft_wrap=True)
     talk(talking, screen, aside)

@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from mlxsteer import interventions as iv
+from mlxsteer import pocket
 from mlxsteer.caches import KEY, cache_history, load_prompt_cache
 from mlxsteer.cli.inspect_model import inspect_model
 from mlxsteer.cli.screen import literal
@@ -138,7 +139,12 @@ def _shown(strength: Any) -> str:
 def _written(path: Path) -> Found:
     record = record_of(path)
     adapter = record["kind"] == "adapter"
-    use = f"mlx_lm.load({record.get('base_model')!r}, adapter_path=...)" if adapter else "mlx_lm.load(...)"
+    base = record.get("base_model")
+    use = (
+        f"mlx_lm.load({str(pocket.FOLDER if base == 'pocket' else base)!r}, adapter_path={str(path)!r})"
+        if adapter
+        else f"mlx_lm.load({str(path)!r})"
+    )
     data = {**record, "kind": "an adapter" if adapter else "a baked model"}
     words = [
         f"of {record.get('base_model')}, for plain mlx-lm: {use}",

@@ -205,7 +205,7 @@ def sources_of(names: Sequence[str], layer: int | None, at: str | None, model: s
     for name in names:
         stem = Path(name).stem
         if stem in made:
-            raise ValueError(f"two files are called {stem}; in the chat, /load FILE NAME says what to call one.")
+            raise ValueError(f"two of what steers are called {stem}: rename one, since they are told apart by name.")
         source = made[stem] = opened(name, model)
         if isinstance(source, SteeringVector) and layer is not None and layer not in source.layers:
             raise ValueError(f"--layer {layer}: {name} has no direction there; it has {source.layers}.")

@@ -15,7 +15,7 @@ from mlxsteer import pocket
 from mlxsteer.adapters import export_adapter
 from mlxsteer.baking import bake as bake_model
 from mlxsteer.cli.chat import Chat
-from mlxsteer.cli.options import Model, Steer, finite
+from mlxsteer.cli.options import Model, Steer, Unit, finite, unit_of
 from mlxsteer.cli.screen import literal, remarks
 from mlxsteer.cli.sources import Source, position, sources_of
 from mlxsteer.control_vectors import export_control_vector
@@ -44,6 +44,7 @@ def bake(
     interventions: Interventions = None,
     layer: Layer = None,
     strength: Strength = None,
+    unit: Unit = "raw",
     at: At = None,
     dry_run: DryRun = False,
     overwrite: Overwrite = False,
@@ -56,9 +57,10 @@ def bake(
     """
     screen, aside = Console(quiet=json), Console(stderr=True)
     sources = _sources(vector, interventions, layer, strength, at, model)
+    unit_of(unit)
     with _option_named(), remarks(aside):
         target_folder(to, overwrite)
-        chat = _loaded(sources, model, layer, strength, at)
+        chat = _loaded(sources, model, layer, strength, unit, at)
         _say(chat, screen)
         with aside.status("baking"):
             report = bake_model(chat.model, chat.steering() or {}, to, overwrite=overwrite, dry_run=dry_run)
@@ -79,6 +81,7 @@ def export(
         int | None, typer.Option(min=0, help="Where vectors act; in a vector's file, all their layers unless told.")
     ] = None,
     strength: Strength = None,
+    unit: Unit = "raw",
     at: At = None,
     form: Annotated[
         str | None,
@@ -98,12 +101,13 @@ def export(
     if form != "adapter" and to.exists() and not overwrite:
         raise FileExistsError(f"{to} is there already: name another file, or --overwrite.")
     sources = _sources(vector, interventions, layer, strength, at, model)
+    unit_of(unit)
     with _option_named(), remarks(aside), tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / to.name if dry_run else to
         data: dict[str, Any]
         if form == "adapter":
             target_folder(to, overwrite)
-            chat = _loaded(sources, model, layer, strength, at)
+            chat = _loaded(sources, model, layer, strength, unit, at)
             _say(chat, screen)
             adapter = export_adapter(chat.model, chat.steering() or {}, target, overwrite=overwrite)
             said = "\n".join([*adapter.edits, str(adapter)])
@@ -111,7 +115,7 @@ def export(
             base = pocket.FOLDER if model == "pocket" else model
             use = f"mlx_lm.generate --model {base} --adapter-path {to} --prompt '...'"
         else:
-            made = _file(form, target, sources, model, layer, strength, at, dry_run=dry_run)
+            made = _file(form, target, sources, model, layer, strength, unit, at, dry_run=dry_run)
             said = repr(made)
             data = {"layers": made.layers, "width": made.width, "norms": made.norms}
             use = (
@@ -144,11 +148,13 @@ def _sources(
     return sources_of(names, layer, at, model)
 
 
-def _loaded(sources: dict[str, Source], model: str, layer: int | None, strength: float | None, at: str | None) -> Chat:
+def _loaded(
+    sources: dict[str, Source], model: str, layer: int | None, strength: float | None, unit: str, at: str | None
+) -> Chat:
     """The model, with what steers it."""
     chat = Chat(InterpretableModel(model))
     for name, source in sources.items():
-        chat.add(name, source, layer, strength, "all" if at is None else position(at))
+        chat.add(name, source, layer, strength, "all" if at is None else position(at), unit_of(unit))
     return chat
 
 
@@ -179,6 +185,7 @@ def _file(
     model: str,
     layer: int | None,
     strength: float | None,
+    unit: str,
     at: str | None,
     *,
     dry_run: bool,
@@ -190,18 +197,18 @@ def _file(
             raise ValueError(
                 f"--format {form} holds one vector: give a single --vector. Interventions go with adapter and gguf."
             )
-        chat = _loaded(sources, model, layer, strength, at)
+        chat = _loaded(sources, model, layer, strength, unit, at)
         return export_control_vector(chat.model, chat.steering() or {}, target, dry_run=dry_run).vector
     if at not in (None, "all"):
         raise ValueError(f"--at {at}: a vector's file doesn't say at which tokens it acts: leave --at out.")
     if not isinstance(only, SteeringVector):  # contrast pairs, to compute one from
-        (one,) = _loaded(sources, model, layer, strength, at).steerings.values()
+        (one,) = _loaded(sources, model, layer, strength, unit, at).steerings.values()
         assert isinstance(one.source, SteeringVector)
         only = one.source
     folded = layer is not None or strength is not None
     layers = only.layers if layer is None else [layer]
     strengths = dict.fromkeys(layers, 1.0 if strength is None else strength) if folded else None
-    only.save(target, strengths=strengths)
+    only.save(target, strengths=strengths, unit=unit_of(unit))
     return only if strengths is None and form != "gguf" else SteeringVector.load(target)
 
 
