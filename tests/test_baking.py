@@ -145,6 +145,7 @@ ADDED = {
     "phi3": "llama",
     "gpt2": "gpt2",
     "gpt_neox": "gpt_neox",
+    "gptj": "gptj",
     "gemma": "no bias",
     "gemma2": "norm",
     "gemma3": "norm",
@@ -165,7 +166,7 @@ def test_an_addition_in_every_family_matches_or_is_refused(tmp_path: Path, famil
     model = loaded(tmp_path, family, bits=None if family in ("mamba2", "rwkv7") else 4)
     steer = {"layers.2": add_vector(vector(model, 1, 0.5), 2.0), "layers.0": add_vector(vector(model, 2, 0.5))}
     out = tmp_path / "out"
-    if ADDED[family] in ("llama", "dots1", "gpt2", "gpt_neox", "mamba2"):
+    if ADDED[family] in ("llama", "dots1", "gpt2", "gpt_neox", "gptj", "mamba2"):
         assert ms.bake(model, steer, out).written_as == ADDED[family]
         assert worst(model, steer, out) <= 1e-5
     else:
@@ -419,7 +420,7 @@ def test_an_adapter_does_what_the_hooks_do(tmp_path: Path, family: str) -> None:
     model = loaded(tmp_path, family, bits=4)
     steer = writers(ablate(vector(model, 5)), embed=False)
     source, out = tmp_path / "source", tmp_path / "adapter"
-    if family in ("gpt2", "gpt_neox"):  # their projections have biases
+    if family in ("gpt2", "gpt_neox", "gptj"):  # their projections have biases
         with pytest.raises(ms.CannotBake, match="has a bias along the direction"):
             ms.export_adapter(model, steer, out)
         steer = {"layers.2": add_vector(vector(model))}
