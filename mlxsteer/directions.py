@@ -169,6 +169,18 @@ def principal(rows: Array) -> Array:
 # -- classifiers, one layer at a time --------------------------------------------------------------------------------
 
 
+def check_scikit_learn(what: str) -> None:
+    """Refuse what needs scikit-learn where there is none, before anything is computed.
+
+    Raises:
+        ImportError: with the command that installs it.
+    """
+    try:
+        import sklearn  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f"{what} needs scikit-learn: pip install 'mlxsteer[probe]'.") from error
+
+
 def logistic(positive: Array, negative: Array, C: float = 1.0) -> tuple[Array, float]:  # noqa: N803
     """The weights w and the intercept b of a logistic regression, ``P(positive | x) = σ(w·x + b)``, L2-regularised.
 

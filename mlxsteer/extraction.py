@@ -14,7 +14,7 @@ import numpy as np
 from mlxsteer import directions
 from mlxsteer.budget import Estimate, check_limit, check_memory, estimated
 from mlxsteer.contrast import Contrast, contrast, places
-from mlxsteer.directions import Compute, Method, Readings, single
+from mlxsteer.directions import Compute, Method, Readings, check_scikit_learn, single
 from mlxsteer.model import InterpretableModel
 from mlxsteer.moments import Moments
 from mlxsteer.pairs import ContrastPair, check_seed, check_switch, checked, in_split, pair_hashes
@@ -109,7 +109,8 @@ def extract(
         model, pairs, positive, negative, texts, labels, background, method, layers, site, read, chat, batch_tokens,
         memory, seed,
     )  # fmt: skip
-    _installed(run.method)
+    if run.method.name == "probe":
+        check_scikit_learn("method='probe'")
     check_memory(found, run.method, batch_tokens, memory)
     with reporting(progress, "reading") as step:
         rows, norms, measured = (_by_position if run.method.compute is single else _by_side)(model, run, seed, step)
@@ -350,19 +351,6 @@ def _by_position(model: InterpretableModel, run: _Run, seed: int, step: Step) ->
     if not found.any().item():
         raise ValueError("the direction is zero at every layer: both sides read the same.")
     return found, np.median(np.array(norms), axis=1), {}
-
-
-def _installed(method: Method) -> None:
-    """Refuse a method whose package is missing before anything is computed.
-
-    Raises:
-        ImportError: with the command that installs it.
-    """
-    if method.name == "probe":
-        try:
-            import sklearn  # noqa: F401
-        except ImportError as error:
-            raise ImportError("method='probe' needs scikit-learn: pip install 'mlxsteer[probe]'.") from error
 
 
 def said_of(read: Read) -> str | int:

@@ -13,6 +13,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from mlxsteer.directions import check_scikit_learn, logistic
 from mlxsteer.heads import layers_with_heads, ranked, values_of, written_table
 from mlxsteer.interventions import AddVector, Heads
 from mlxsteer.interventions.base import Intervention, number
@@ -140,10 +141,7 @@ def shift_heads(
         TypeError: no model, no pairs.
         ValueError: there are fewer heads, or a side has fewer than two pairs to fit or one to choose on.
     """
-    try:
-        from sklearn.linear_model import LogisticRegression
-    except ImportError as error:
-        raise ImportError("shift_heads needs scikit-learn: pip install 'mlxsteer[probe]'.") from error
+    check_scikit_learn("shift_heads")
     check_model(model)
     check_count(top, "top", 1)
     check_switch("chat", chat)
@@ -164,8 +162,11 @@ def shift_heads(
     grid = np.full((len(model.layers), max(int(site.heads or 0) for site in sites.values())), np.nan)
     for layer in sites:
         for head in range(train[layer].shape[1]):
-            probe = LogisticRegression(max_iter=10_000).fit(train[layer][:, head], _labels(train[layer]))
-            grid[layer, head] = probe.score(choose[layer][:, head], _labels(choose[layer]))
+            rows, others = train[layer][:, head], choose[layer][:, head]
+            weights, intercept = logistic(rows[: len(rows) // 2], rows[len(rows) // 2 :])
+            grid[layer, head] = np.mean(
+                (others @ weights + intercept > 0) == (np.arange(len(others)) < len(others) // 2)
+            )
     chosen = ranked(grid, top)
     shifts = {}
     for layer in sorted({layer for layer, *_ in chosen}):
@@ -184,11 +185,6 @@ def _values(
     encoded = encode_pairs(model, pairs, chosen, chat)
     texts = [pair[side] for side in (0, 1) for pair in encoded]
     return {layer: np.array(rows, np.float64) for layer, rows in values_of(model, texts, batch_tokens).items()}
-
-
-def _labels(values: Array) -> Array:
-    labels: Array = np.arange(len(values)) < len(values) // 2
-    return labels
 
 
 def mass_mean_shift(values: Array) -> Array:

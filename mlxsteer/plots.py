@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -233,7 +233,7 @@ def plot_choice(choice: Choice, path: str | Path | None = None) -> Any:
     Returns:
         A `matplotlib.figure.Figure`.
     """
-    warned = [line for warning in choice.warnings for line in textwrap.wrap(f"Warning: {warning}", 150)]
+    warned = _wrapped(choice.warnings, 150)
     figure = _figure(figsize=(10.5, 4.2 + 0.16 * len(warned)))
     layers, dose = figure.subplots(1, 2)
     single = sorted((c for c in choice.candidates if len(c.strengths) == 1), key=lambda c: next(iter(c.strengths)))
@@ -260,9 +260,19 @@ def plot_choice(choice: Choice, path: str | Path | None = None) -> Any:
     dose.set_title(
         f"report split, {choice.evidence.pairs} held-out pairs: shift {choice.evidence.shift} nats", fontsize="medium"
     )
-    if warned:
-        figure.supxlabel("\n".join(warned), fontsize="small", x=0.01, ha="left", color="#9b2c2c")
+    _warn(figure, warned)
     return _saved(figure, path)
+
+
+def _wrapped(warnings: Iterable[str], width: int) -> list[str]:
+    """Warnings in lines of at most `width` characters."""
+    return [line for warning in warnings for line in textwrap.wrap(f"Warning: {warning}", width)]
+
+
+def _warn(figure: Any, lines: list[str]) -> None:
+    """Write warnings under a picture."""
+    if lines:
+        figure.supxlabel("\n".join(lines), fontsize="small", x=0.01, ha="left", color="#9b2c2c")
 
 
 def plot_evaluation(found: Evaluation, path: str | Path | None = None) -> Any:
@@ -548,7 +558,7 @@ def plot_probe(found: Probe, path: str | Path | None = None) -> Any:
     Returns:
         A `matplotlib.figure.Figure`.
     """
-    warned = [line for warning in found.warnings for line in textwrap.wrap(f"Warning: {warning}", 100)]
+    warned = _wrapped(found.warnings, 100)
     figure = _figure(figsize=(7.2, 4.2 + 0.16 * len(warned)))
     axes = figure.subplots()
     layers, probes = list(found.layers), list(found.layers.values())
@@ -573,6 +583,5 @@ def plot_probe(found: Probe, path: str | Path | None = None) -> Any:
     _plain(axes)
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=2, fontsize="small", frameon=False)
-    if warned:
-        figure.supxlabel("\n".join(warned), fontsize="small", x=0.01, ha="left", color="#9b2c2c")
+    _warn(figure, warned)
     return _saved(figure, path)

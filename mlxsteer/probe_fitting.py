@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlxsteer.contrast import Contrast, of_pairs, of_sides, places
-from mlxsteer.directions import Readings, discriminant, logistic
+from mlxsteer.directions import Readings, check_scikit_learn, discriminant, logistic
 from mlxsteer.extraction import auroc, batches_of, projected, read_the_same, said_of
 from mlxsteer.interventions.base import number
 from mlxsteer.measures.detection import (
@@ -142,7 +142,7 @@ def probe(
     strength = _strength(method, C, shrinkage)
     template, numbers, sites = places(model, site, layers)
     if method == "logistic":
-        _installed()
+        check_scikit_learn("method='logistic' (not 'lda' or 'mean_difference')")
     splits, doubts, told = _split(model, pairs, positive, negative, chat, read, seed)
     with reporting(progress, "reading") as step:
         readings, norms = _train(
@@ -196,15 +196,6 @@ def _strength(method: str, C: Any, shrinkage: Any) -> float:  # noqa: N803
     if c <= 0:
         raise ValueError(f"C is above 0, not {c}.")
     return c
-
-
-def _installed() -> None:
-    try:
-        import sklearn  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            "method='logistic' needs scikit-learn: pip install 'mlxsteer[probe]'; 'lda' and 'mean_difference' don't."
-        ) from error
 
 
 def _split(

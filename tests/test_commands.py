@@ -109,6 +109,18 @@ def test_select_saves_a_steering_that_generate_and_evaluate_take(
     assert json.loads(told)["shift"]["value"] == pytest.approx(found.shift.value, abs=1e-4)
 
 
+def test_layers_go_by_either_name(run: Run, few: Path, saved: Path, tmp_path: Path) -> None:
+    out = tmp_path / "four.safetensors"
+    assert run("extract", "--pairs", few, "--layer", "4", "--out", out, "--json")[0] == 0
+    assert SteeringVector.load(out).layers == [4]
+    one, other = (
+        run("generate", PROMPT, "--steer", saved, option, "4", "--max-tokens", "2", "--json")
+        for option in ("--layer", "--layers")
+    )
+    assert one[0] == 0
+    assert one[1] == other[1]
+
+
 def test_generate_takes_vectors_sets_and_several(
     run: Run, saved: Path, pocket: InterpretableModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -29,7 +29,10 @@ Steer = Annotated[
         help="What steers: a saved steering, a vector's file, or a set of pairs; may be repeated.",
     ),
 ]
-Layer = Annotated[str | None, typer.Option(help="Where vectors act, 4 or 3,5; their middle layer, unless told.")]
+Layer = Annotated[
+    str | None,
+    typer.Option("--layer", "--layers", help="Where vectors act, 4 or 3,5; their middle layer, unless told."),
+]
 Strength = Annotated[float | None, typer.Option(callback=finite, help="How strongly; 0 is plain, 1 unless told.")]
 Places = Annotated[
     str | None, typer.Option(help="The tokens that vectors act on: all, prompt, generated, last, first, -1, 2:5.")
@@ -37,7 +40,7 @@ Places = Annotated[
 MaxTokens = Annotated[int, typer.Option(min=1, help="The most tokens.")]
 Temperature = Annotated[float, typer.Option(min=0, callback=finite, help="The temperature; 0 is greedy.")]
 Pairs = Annotated[str, typer.Option(help="A contrast set, such as sentiment, or a file of pairs.")]
-Layers = Annotated[str, typer.Option(help="Layers: all, or like 4 or 3,5 or 2:6.")]
+Layers = Annotated[str, typer.Option("--layers", "--layer", help="Layers: all, or like 4 or 3,5 or 2:6.")]
 Strengths = Annotated[str, typer.Option(help="Strengths, with commas between them.")]
 At = Annotated[str, typer.Option(help="The tokens that are steered: all, prompt, generated, last, first, -1, 2:5.")]
 Unit = Annotated[str, typer.Option(help="residual: 1 is the layer's median norm; raw: 1 is the vector as it is.")]

@@ -74,7 +74,10 @@ def export(
     vector: Steer = None,
     interventions: Interventions = None,
     layer: Annotated[
-        str | None, typer.Option(help="Where vectors act, 4 or 3,5; in a vector's file, all their layers unless told.")
+        str | None,
+        typer.Option(
+            "--layer", "--layers", help="Where vectors act, 4 or 3,5; in a vector's file, all their layers unless told."
+        ),
     ] = None,
     strength: Strength = None,
     unit: Unit = "raw",
