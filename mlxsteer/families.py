@@ -101,6 +101,16 @@ DEFAULT = Family()
 
 _MLX_LM = tuple(int(part) for part in version("mlx-lm").split(".")[:2])
 
+
+def _mended_by_0_32(why: str) -> str:
+    """A refusal with the mlx-lm that is too old for a family; empty with a later one."""
+    if _MLX_LM >= (0, 32):
+        return ""
+    return (
+        f"with mlx-lm {version('mlx-lm')} {why}; it holds with mlx-lm 0.32 and newer, which want Python 3.11 or newer"
+    )
+
+
 _AFTER = "post_attention_layernorm"  # the name of another norm, in front of the MLP, in the other families
 
 FAMILIES: dict[str, Family] = {
@@ -125,7 +135,6 @@ FAMILIES: dict[str, Family] = {
     "longcat_flash_ngram": Family(batch=False),  # 1.7
     "mamba": Family(batch=False),  # 1.7
     # since 0.32 they are alike; before, off by what is written behind, or refused
-    "falcon_h1": Family(batch=_MLX_LM >= (0, 32)),  # 0.008
     "granitemoehybrid": Family(batch=_MLX_LM >= (0, 32)),  # 0.001
     "internlm2": Family(batch=_MLX_LM >= (0, 32)),
     "internlm3": Family(batch=_MLX_LM >= (0, 32)),
@@ -144,6 +153,8 @@ FAMILIES: dict[str, Family] = {
     "kimi_k3": Family(replay=False, head=False),
     "talkie": Family(stream=1),
     "deepseek_v41": Family(refusal="its residual stream is several streams side by side, (batch, tokens, 4, hidden)"),
+    "falcon_h1": Family(refusal=_mended_by_0_32("a pass of it without a cache runs its first block alone")),
+    "llama4": Family(refusal=_mended_by_0_32("its cache breaks where a text is longer than an attention chunk")),
     "gemma3n": Family(refusal="its residual stream is four streams side by side, (4, batch, tokens, hidden)"),
     "iquestloopcoder": Family(refusal="its model never calls its blocks, it inlines them"),
     "muse_spark": Family(refusal="its blocks hand on two streams (h and its norm), and a change to one alone is lost"),
