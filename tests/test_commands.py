@@ -93,6 +93,8 @@ def test_select_saves_a_steering_that_generate_and_evaluate_take(
 ) -> None:
     neutral = datasets.neutral(pocket)[:2]  # the commands and Python alike: what is tested is that they agree
     monkeypatch.setattr(datasets, "neutral", lambda _: neutral)
+    few, given = tmp_path / "fewer.jsonl", datasets.read(few)
+    datasets.write([pair for split in given.splits for pair in given.split(split)[:3]], few)
     out = tmp_path / "steer.safetensors"
     code, told, _ = run("select", "--pairs", few, "--vector", saved, "--out", out, "--layers", "4", "--nulls", "0",
                         "--budget", "0.2", "--json")  # fmt: skip

@@ -1040,7 +1040,9 @@ def test_separation_uses_the_pairs_it_is_given_at_the_vectors_place(llama: Inter
         separation(llama, vector, [])
 
 
-@pytest.mark.parametrize("behaviour", ["sentiment", "formality", "certainty"])
+@pytest.mark.parametrize(
+    "behaviour", ["sentiment", *(pytest.param(name, marks=pytest.mark.full) for name in ("formality", "certainty"))]
+)
 def test_held_out_pairs_of_every_behaviour_of_the_bundled_model_are_told_apart(
     pocket: InterpretableModel, behaviour: str
 ) -> None:

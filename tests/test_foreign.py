@@ -127,8 +127,10 @@ def test_what_runs_is_held_against_what_was_told(llama: InterpretableModel) -> N
 
 @pytest.mark.parametrize("at", [7, [1, 4, 8], slice(2, 9), "all"], ids=str)
 @pytest.mark.parametrize("name", ["llama", "mamba2", "gemma3_text", "qwen3_next"])
-@pytest.mark.parametrize("told", [True, False], ids=["told", "untold"])
-@pytest.mark.parametrize("step", [2, 2048])
+@pytest.mark.parametrize(
+    ("told", "step"),
+    [(True, 2), (False, 2048), *(pytest.param(*other, marks=pytest.mark.full) for other in ((True, 2048), (False, 2)))],
+)
 def test_rows_of_several_lengths_stand_where_they_do_alone(
     name: str, told: bool, step: int, at: Any, tokenizer: TokenizerWrapper
 ) -> None:

@@ -18,7 +18,7 @@ from mlxsteer.measures import preference_shift
 @pytest.fixture(scope="module")
 def pairs() -> ms.PairSet:
     given = ms.datasets.load("pocket/sentiment")
-    return ms.PairSet([pair for split in ("train", "choose", "report") for pair in given.split(split)[:8]])
+    return ms.PairSet([pair for split in ("train", "choose", "report") for pair in given.split(split)[:6]])
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def test_shifts_are_of_the_values_of_the_train_pairs_alone(pocket: Interpretable
 def test_shifted_heads_prefer_their_side_and_random_directions_do_less(
     found: ms.HeadShift, pocket: InterpretableModel, pairs: ms.PairSet
 ) -> None:
-    report = pairs.split("report")[:8]
+    report = pairs.split("report")[:4]
     moved = preference_shift(pocket, found.interventions, report).mean()
     chance = [preference_shift(pocket, found.random(seed), report).mean() for seed in range(2)]
     assert moved > 1.0

@@ -39,7 +39,7 @@ def rows_of(count: int = 4, length: int = 8, prompt: int = 5) -> list[list[int]]
     return rows
 
 
-@pytest.mark.parametrize("at", ["all", -1, "last"])
+@pytest.mark.parametrize("at", ["all", -1, pytest.param("last", marks=pytest.mark.full)])
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_a_continuation_has_the_logits_of_the_plain_way(family: str, at: Any) -> None:
     model = InterpretableModel(tiny.build(family))
@@ -114,8 +114,11 @@ def sentiment(pocket: InterpretableModel) -> tuple[SteeringVector, list[Contrast
     return vector, [p for p in pairs if p.split == "choose"][:3]
 
 
-@pytest.mark.parametrize("budget", [16, 60, 4096])
-@pytest.mark.parametrize("at", [-1, "all"])
+@pytest.mark.parametrize(
+    ("at", "budget"),
+    [(-1, 16), ("all", 60), *(pytest.param(*other, marks=pytest.mark.full)
+                              for other in ((-1, 60), (-1, 4096), ("all", 16), ("all", 4096)))],
+)  # fmt: skip
 def test_the_effect_is_that_of_one_pair_at_a_time(
     pocket: InterpretableModel, sentiment: tuple[SteeringVector, list[ContrastPair]], at: Any, budget: int
 ) -> None:

@@ -65,14 +65,14 @@ def test_generating(pocket: InterpretableModel) -> None:
 def test_computing_a_vector_and_finding_where_and_how_much(pocket: InterpretableModel, tmp_path: Path) -> None:
     model = pocket
     whole = ms.datasets.load("pocket/sentiment")
-    pairs = ms.PairSet([pair for split in ("train", "choose", "report") for pair in whole.split(split)[:4]])
+    pairs = ms.PairSet([pair for split in ("train", "choose", "report") for pair in whole.split(split)[:3]])
     vector = ms.extract(model, pairs)
     v = vector[5]
     grid = ms.sweep(model, vector, pairs.split("choose"), layers="all", strengths=[-2, -1, 0, 1, 2])
     choice = ms.select(model, pairs, layers=[4, 5], neutral=["Here is a short story."], tokens=4, nulls=2)
     choice.plot(tmp_path / "layers.png")
     assert v.shape == (256,)
-    assert grid.effect.shape == (8, 5, 4)
+    assert grid.effect.shape == (8, 5, 3)
     assert {"Chosen:", "Warning:"} <= set(choice.table().split())
     assert (tmp_path / "layers.png").stat().st_size > 10_000
     steer = choice.interventions
