@@ -2,6 +2,7 @@
 
     python -m benchmarks.architectures                  # all, into docs/architectures.md (some minutes on two cores)
     python -m benchmarks.architectures llama gpt2       # some, on the terminal
+    python -m benchmarks.architectures --page docs/architectures-0.31.md  # where an older mlx-lm is installed
 
 The checks are those of the tests (tests/conformance.py), which run them on every model type as well.
 """
@@ -120,7 +121,7 @@ def page(rows: list[Row], not_built: dict[str, str], checks: list[Any]) -> str:
     refused = [row for row in rows if row.refusal]
     parts = sum(reason.startswith("part of") for reason in not_built.values())
     lines = [
-        "# Architectures",
+        f"# Architectures in mlx-lm {version('mlx-lm')}",
         "",
         "Written by `make architectures`; the tests hold the same checks against every model type.",
         "",
@@ -167,7 +168,9 @@ def main() -> None:
     """Measure, and write the page or print rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="model types; all of them, into the page, unless given")
-    names = parser.parse_args().names
+    parser.add_argument("--page", type=Path, default=PAGE, help="where to write the page")
+    options = parser.parse_args()
+    names = options.names
     sys.path.insert(0, str(ROOT / "tests"))
     architectures: Any = importlib.import_module("architectures")
     conformance: Any = importlib.import_module("conformance")
@@ -185,8 +188,8 @@ def main() -> None:
         for row in rows:
             print(f"{row.name}: {row.refusal or row.result} {row.said()}; bakes: {row.bakes or 'nothing'}")
     else:
-        PAGE.parent.mkdir(exist_ok=True)
-        PAGE.write_text(page(rows, not_built, list(conformance.CHECKS.values())), encoding="utf-8")
+        options.page.parent.mkdir(exist_ok=True)
+        options.page.write_text(page(rows, not_built, list(conformance.CHECKS.values())), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -360,7 +360,7 @@ def attribution(
     for row, (text, pair) in enumerate(zip(texts, pairs, strict=True)):
         with model.trace(text.tokens) as trace:
             final = alias_last(trace, f"layers.{len(model.layers) - 1}")
-            written = {layer: _written(model, layer, trace) for layer in sites}
+            written = {layer: _written(model, layer, trace, check=row == 0) for layer in sites}
         norm = FrozenNorm(model._sites.resolve("norm").module, final)
         u, b = _readout(model, pair, final.shape[-1])
         left = final
@@ -409,13 +409,15 @@ def first_token(model: InterpretableModel, text: Any, what: str) -> int:
     return int(ids[0])
 
 
-def _written(model: InterpretableModel, layer: int, trace: Trace) -> mx.array:
-    """What each head of a layer writes to the residual stream at the last token, (heads, D)."""
+def _written(model: InterpretableModel, layer: int, trace: Trace, check: bool) -> mx.array:
+    """What each head of a layer writes to the residual stream at the last token, (heads, D); and, of a first prompt,
+    whether the stream takes it as it is."""
     attn = model._sites.resolve(f"layers.{layer}.attn")
     parts = contributions(model, layer, trace.last(f"layers.{layer}.attn.heads")[0]).astype(mx.float32)
     whole = alias_last(trace, attn.key)
     written = into_stream(model, layer, parts, whole)
-    _check_adds(model, layer, trace, into_stream(model, layer, whole[None], whole)[0])
+    if check:
+        _check_adds(model, layer, trace, into_stream(model, layer, whole[None], whole)[0])
     return written
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 
 from mlxsteer.extraction import auroc
@@ -167,12 +168,13 @@ def latents_that_differ(
     with reporting(progress, "encoding") as step:
         for batch in tokenwise(model, texts, model._sites.resolve(str(sae.key)), batch_tokens):
             for number, values in batch:
-                latents = np.array(sae.encode(values[starts[number] :]))
+                latents = sae.encode(values[starts[number] :])
                 side = int(number >= len(given))
-                means[number] = latents.mean(axis=0)
-                counts[side] += (latents > 0).sum(axis=0)
+                read = mx.stack([latents.mean(axis=0), (latents > 0).sum(axis=0), latents.max(axis=0)])
+                means[number], active, most = np.array(read)
+                counts[side] += active
                 tokens[side] += len(latents)
-                largest = np.maximum(largest, latents.max(axis=0))
+                largest = np.maximum(largest, most)
             done += len(batch)
             step(done, len(texts))
     halves = means[: len(given)].astype(np.float64), means[len(given) :].astype(np.float64)

@@ -168,6 +168,8 @@ def _answers(model: InterpretableModel, given: Any, name: str, count: int) -> li
     """
     if isinstance(given, (str, int, np.integer, set, frozenset)):
         given = [given] * count
+    elif isinstance(given, mx.array):
+        given = np.array(given)
     if not isinstance(given, (list, tuple, np.ndarray)) or len(given) != count:
         raise ValueError(
             f"{name} is a text of one token, a token id or a set of these for all pairs, or a list with one for each "

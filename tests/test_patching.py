@@ -102,7 +102,7 @@ def test_any_place_can_be_patched(sites: str) -> None:
 
 def test_patches_are_those_of_edits_by_hand() -> None:
     model = built("qwen3")
-    found = ms.patch(model, CLEAN, CORRUPTED, answers=ANSWER, others=OTHER)
+    found = ms.patch(model, CLEAN, CORRUPTED, answers=mx.array([ANSWER]), others=OTHER)
     for layer, block in enumerate(model._sites.blocks):
         seen: list[mx.array] = []
         with tiny.by_hand(block, lambda x, seen=seen: seen.append(x) or x):  # type: ignore[func-returns-value, misc]
