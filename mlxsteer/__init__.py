@@ -18,6 +18,7 @@ from mlxsteer.inference_time import HeadShift, shift_heads
 from mlxsteer.latent_contrast import LatentContrast, latents_that_differ
 from mlxsteer.model import ContextLengthWarning, InterpretableModel
 from mlxsteer.pair_checks import Check
+from mlxsteer.pair_components import PairComponents, pair_components
 from mlxsteer.pairs import ContrastPair, PairSet
 from mlxsteer.patched import Patching
 from mlxsteer.patching import patch
@@ -70,6 +71,7 @@ __all__ = [
     "NeverFired",
     "NotFinite",
     "NothingTouched",
+    "PairComponents",
     "PairSet",
     "PartlySteered",
     "Patching",
@@ -116,6 +118,7 @@ __all__ = [
     "mean_activations",
     "mean_head_values",
     "measures",
+    "pair_components",
     "patch",
     "probe",
     "projections",

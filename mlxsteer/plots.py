@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from mlxsteer.evaluation import Evaluation
     from mlxsteer.generation_sweep import GenerationSweep
     from mlxsteer.measures.effect import Steerability
+    from mlxsteer.pair_components import PairComponents
     from mlxsteer.probes import Probe
     from mlxsteer.refusal import RefusalCandidate, RefusalDirection
     from mlxsteer.sweep import Sweep
@@ -584,4 +585,43 @@ def plot_probe(found: Probe, path: str | Path | None = None) -> Any:
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=2, fontsize="small", frameon=False)
     _warn(figure, warned)
+    return _saved(figure, path)
+
+
+# -- contrast pairs ----------------------------------------------------------------------------------------------------
+
+_PANELS = 12
+
+
+def plot_pairs(found: PairComponents, path: str | Path | None = None) -> Any:
+    """Both sides of contrast pairs on their first two principal components, a panel for each layer.
+
+    Args:
+        found: the components; of more than twelve layers, twelve evenly spaced ones are drawn.
+        path: also write it there; PNG, PDF or SVG by suffix.
+
+    Returns:
+        A `matplotlib.figure.Figure`.
+    """
+    every = list(found.points)
+    layers = [every[i] for i in np.unique(np.linspace(0, len(every) - 1, min(_PANELS, len(every))).round().astype(int))]
+    across = min(4, len(layers))
+    down = -(-len(layers) // across)
+    figure = _figure(figsize=(2.6 * across + 0.6, 2.7 * down + 0.7))
+    panels = np.atleast_1d(figure.subplots(down, across)).ravel()
+    for panel in panels[len(layers) :]:
+        panel.set_axis_off()
+    for panel, layer in zip(panels, layers, strict=False):
+        (first, second), cosine = found.explained[layer], found.cosine[layer]
+        for side, (colour, marker), name in zip(found.points[layer], _STYLES, ("positive", "negative"), strict=False):
+            panel.scatter(*side.T, s=14, color=colour, marker=marker, alpha=0.6, linewidths=0, label=name)
+        panel.set_title(f"layer {layer}; cosine {cosine:.2f}", fontsize="medium")
+        panel.set(
+            xlabel=f"first component, {first:.0%}", ylabel=f"second component, {second:.0%}", xticks=[], yticks=[]
+        )
+        panel.spines[["top", "right"]].set_visible(False)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=2, fontsize="small", frameon=False,
+                  title="principal components of both sides, and their share of the variance; cosine of the first with "
+                  "the mean difference" if across > 2 else None, title_fontsize="small")  # fmt: skip
     return _saved(figure, path)
