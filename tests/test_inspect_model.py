@@ -12,7 +12,8 @@ from mlx.utils import tree_flatten
 from rich.console import Console
 
 from mlxsteer import InterpretableModel
-from mlxsteer.cli.inspect_model import inspect_model, model_facts
+from mlxsteer.cli.inspect_model import inspect_model
+from mlxsteer.model_facts import model_facts
 
 
 def test_keys_layers_shapes_and_roles() -> None:
