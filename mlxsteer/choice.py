@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
+from mlxsteer.display import Displayed, Shown
 from mlxsteer.interventions.base import Intervention
 from mlxsteer.interventions.files import as_json
 from mlxsteer.measures.divergence import Divergence
@@ -69,7 +68,7 @@ class Evidence:
 
 
 @dataclass(frozen=True, eq=False)
-class Choice:
+class Choice(Displayed):
     """A layer (or several) and a strength, with the evidence.
 
     Attributes:
@@ -122,11 +121,7 @@ class Choice:
 
     def table(self) -> str:
         """The candidates, what the choice does on the report split, and the warnings, in plain text."""
-        console = Console(width=100, no_color=True, force_terminal=False, force_jupyter=False)
-        with console.capture() as capture:
-            console.print(self)
-            console.print(self.summary(), markup=False, highlight=False)
-        return capture.get().rstrip()
+        return self._shown().plain(foot=True)
 
     def summary(self) -> str:
         """What it does and what it costs, in words."""
@@ -146,21 +141,22 @@ class Choice:
         ]  # fmt: skip
         return "\n".join([*lines, *(f"Warning: {warning}" for warning in self.warnings)])
 
-    def __rich__(self) -> Table:
+    def _shown(self) -> Shown:
         less = f", less what moves {', '.join(self.record['leave'])}" if self.record.get("leave") else ""
-        table = Table(
-            title=f"effect in nats{less}, at {self.budget[0]} {self.budget[1]:g} (± 5 %), on the choosing split"
-        )
-        for head in ("layer", "strength", "effect", self.budget[0], "AUROC", "agreement", "stage"):
-            table.add_column(head, justify="right")
+        rows = []
         for one in self.candidates:
             numbers = (one.effect, one.spent, one.separation, one.agreement)
             cells = ["" if np.isnan(x) else f"{x:{form}}" for x, form in zip(numbers, ("+.2f", ".3g", ".2f", ".2f"),
                                                                              strict=True)]  # fmt: skip
             strengths = " + ".join(f"{s:.3g}" for s in one.strengths.values()) if not np.isnan(one.effect) else ""
-            style = "bold" if one.strengths == self.strengths else None
-            table.add_row(" + ".join(map(str, one.strengths)), strengths, *cells, one.stage, style=style)
-        return table
+            rows.append((" + ".join(map(str, one.strengths)), strengths, *cells, one.stage))
+        return Shown(
+            f"effect in nats{less}, at {self.budget[0]} {self.budget[1]:g} (± 5 %), on the choosing split",
+            ("layer", "strength", "effect", self.budget[0], "AUROC", "agreement", "stage"),
+            rows,
+            styles={i: "bold" for i, one in enumerate(self.candidates) if one.strengths == self.strengths},
+            foot=self.summary(),
+        )
 
     def to_json(self, path: str | Path | None = None) -> str:
         """Everything but the vector as JSON; with a path, also written there, whole or not at all."""

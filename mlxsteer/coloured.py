@@ -18,11 +18,24 @@ def terminal(tokens: Iterable[Coloured]) -> Text:
     """Tokens as rich's text: the further a value is from 0, the stronger the background."""
     shown = Text()
     for piece, value, generated in tokens:
-        red, green, blue = (round(255 - abs(value) * (255 - c)) for c in (_HIGH if value >= 0 else _LOW))
-        plain = not round(abs(value), 2)
-        style = "" if plain else f"rgb(0,0,0) on rgb({red},{green},{blue})"
-        shown.append(piece, style=style or ("" if generated else "dim"))
+        shown.append(piece, style=terminal_style(value) or ("" if generated else "dim"))
     return shown
+
+
+def terminal_style(value: float) -> str:
+    """Rich's style of a value from −1 to 1; empty where it is 0."""
+    if not round(abs(value), 2):
+        return ""
+    red, green, blue = (round(255 - abs(value) * (255 - c)) for c in (_HIGH if value >= 0 else _LOW))
+    return f"rgb(0,0,0) on rgb({red},{green},{blue})"
+
+
+def notebook_style(value: float) -> str:
+    """The same in CSS, after other properties; never so strong that light or dark letters can't be read on it."""
+    if not round(abs(value), 2):
+        return ""
+    red, green, blue = _HIGH if value >= 0 else _LOW
+    return f";background:rgba({red},{green},{blue},{0.6 * abs(value):.2f})"
 
 
 def notebook(tokens: Iterable[Coloured], titles: Iterable[str]) -> str:

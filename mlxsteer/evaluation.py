@@ -11,11 +11,9 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from mlxsteer import datasets
+from mlxsteer.display import Displayed, Shown
 from mlxsteer.generation import Generation
 from mlxsteer.interventions.base import Intervention
 from mlxsteer.interventions.files import as_json, write_whole
@@ -50,7 +48,7 @@ MULTIPLES = (-1.0, -0.5, 0.0, 0.5, 1.0)
 
 
 @dataclass(frozen=True, eq=False)
-class Evaluation:
+class Evaluation(Displayed):
     """Measures of one steering.
 
     Attributes:
@@ -166,21 +164,16 @@ class Evaluation:
 
     def table(self) -> str:
         """All measures in plain text."""
-        console = Console(width=110, no_color=True, force_terminal=False, force_jupyter=False)
-        with console.capture() as capture:
-            console.print(self)
-            for warning in self.warnings:
-                console.print(f"Warning: {warning}", markup=False, highlight=False)
-        return capture.get().rstrip()
+        return self._shown().plain(110, foot=True)
 
-    def __rich__(self) -> Table:
-        title = f"{self.record.get('model', 'steering')}: {self.record.get('interventions', '')}"
-        table = Table(title=escape(title))
-        for head in ("measure", "value", ""):
-            table.add_column(head)
-        for row in self.rows():
-            table.add_row(*map(escape, row))
-        return table
+    def _shown(self) -> Shown:
+        return Shown(
+            f"{self.record.get('model', 'steering')}: {self.record.get('interventions', '')}",
+            ("measure", "value", ""),
+            self.rows(),
+            texts=range(3),
+            foot="\n".join(f"Warning: {warning}" for warning in self.warnings),
+        )
 
     def to_json(self, path: str | Path | None = None) -> str:
         """Everything as JSON; with a path, also written there, whole or not at all."""

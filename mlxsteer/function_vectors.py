@@ -11,6 +11,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from mlxsteer.display import written_table
 from mlxsteer.head_effects import (
     IndirectEffects,
     TaskAnswers,
@@ -18,7 +19,7 @@ from mlxsteer.head_effects import (
     mean_head_values,
     share_of,
 )
-from mlxsteer.heads import bias, contributions, into_stream, layers_with_heads, written_table
+from mlxsteer.heads import bias, contributions, into_stream, layers_with_heads
 from mlxsteer.interventions import AddVector
 from mlxsteer.interventions.base import Intervention, number
 from mlxsteer.interventions.files import as_json

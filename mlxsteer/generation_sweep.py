@@ -12,7 +12,7 @@ import hashlib
 import itertools
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -21,11 +21,10 @@ from typing import Any, Literal, TypeAlias
 
 import mlx.core as mx
 import numpy as np
-from rich.console import Console, Group
-from rich.table import Table
-from rich.text import Text
+from rich.console import Group
 
 from mlxsteer.decoding import Decoder, Job
+from mlxsteer.display import Displayed, Shown, plain
 from mlxsteer.generation import Generation
 from mlxsteer.generation_options import processors_of, sampling_of
 from mlxsteer.interventions.base import whole
@@ -45,7 +44,7 @@ _OPTIONS = (*_KNOBS, "logprobs", "logits_processors", "prefill_step_size")
 
 
 @dataclass(frozen=True, eq=False)
-class GenerationSweep:
+class GenerationSweep(Displayed):
     """Texts generated under a steering vector, over layers, strengths, prompts and samples.
 
     Attributes:
@@ -101,41 +100,40 @@ class GenerationSweep:
             characters: how much of each text is shown.
         """
         columns = width or shutil.get_terminal_size((100, 24)).columns
-        console = Console(width=columns, no_color=True, force_terminal=False, force_jupyter=False)
-        with console.capture() as capture:
-            console.print(self._tables(characters))
-        return "\n".join(line.rstrip() for line in capture.get().splitlines()).rstrip()
+        return "\n".join(line.rstrip() for line in plain(self._tables(characters), columns).splitlines())
 
     def __rich__(self) -> Group:
         """The same for a terminal that shows colours."""
         return self._tables(240)
 
+    def _repr_html_(self) -> str:
+        return "".join(shown.html() for shown in self._shown_each(240))
+
     def _tables(self, characters: int) -> Group:
-        several = len(self.layers) > 1
-        samples = self.texts.shape[-1]
-        made = []
+        made = [shown.table() for shown in self._shown_each(characters)]
+        for table in made:
+            table.title_justify, table.expand = "left", True
+            table.columns[-1].ratio, table.columns[-1].overflow = 1, "fold"
+        return Group(*made)
+
+    def _shown_each(self, characters: int) -> Iterator[Shown]:
+        """For each prompt what is shown of its texts."""
+        several, samples = len(self.layers) > 1, self.texts.shape[-1]
+        heads = ["layer"] * several + ["strength"] + ["sample"] * (samples > 1) + ["score"] * (self.scored is not None)
+        order = np.argsort(self.strengths, kind="stable")
         for k, prompt in enumerate(self.prompts):
             place = "" if several else f"layer {self.layers[0]}, "
-            title = Text(f"{_shown(prompt, characters)}\n{place}strength in {_UNITS[self.unit]}")
-            table = Table(title=title, title_justify="left", expand=True)
-            if several:
-                table.add_column("layer", justify="right")
-            table.add_column("strength", justify="right")
-            if samples > 1:
-                table.add_column("sample", justify="right")
-            if self.scored is not None:
-                table.add_column("score", justify="right")
-            table.add_column("text", ratio=1, overflow="fold")
-            order = np.argsort(self.strengths, kind="stable")
+            rows: list[list[str]] = []
+            styles: dict[int, str] = {}
             for i, j, m in itertools.product(range(len(self.layers)), order, range(samples)):
                 strength = self.strengths[j]
                 cells = [str(self.layers[i])] * several + [f"{strength:+g}" if strength else "0"]
                 cells += [str(m)] * (samples > 1)
                 cells += [f"{self.scored[i, j, k, m]:.3g}"] if self.scored is not None else []
-                text = Text(_shown(self.texts[i, j, k, m], characters), style="" if strength else "dim")
-                table.add_row(*cells, text)
-            made.append(table)
-        return Group(*made)
+                styles |= {} if strength else {len(rows): "dim"}
+                rows.append([*cells, _shown(self.texts[i, j, k, m], characters)])
+            title = f"{_shown(prompt, characters)}\n{place}strength in {_UNITS[self.unit]}"
+            yield Shown(title, (*heads, "text"), rows, texts=(len(heads),), styles=styles)
 
     def plot(self, path: str | Path | None = None) -> Any:
         """Score, length, variety and repeats of the texts over strengths, with intervals; a matplotlib figure.

@@ -15,12 +15,14 @@ import mlx.core as mx
 import numpy as np
 
 from mlxsteer.continuation import Continuation, first_edited, passes_over, put, shares
-from mlxsteer.heads import layers_with_heads, ranked, values_of, written_table
+from mlxsteer.display import Displayed, Shown, furthest, heat, written_table
+from mlxsteer.heads import layers_with_heads, ranked, values_of
 from mlxsteer.interventions.base import Function, Intervention
 from mlxsteer.interventions.files import as_json
 from mlxsteer.measures.divergence import edits_of, outside_blocks, positions_of
 from mlxsteer.measures.uncertainty import Interval, bootstrap
 from mlxsteer.model import InterpretableModel
+from mlxsteer.pairs import counted
 from mlxsteer.positions import Position
 from mlxsteer.progress import Step, reporting
 from mlxsteer.questions import Question, groups
@@ -73,7 +75,7 @@ def mean_head_values(
 
 
 @dataclass(frozen=True, eq=False)
-class IndirectEffects:
+class IndirectEffects(Displayed):
     """The causal indirect effect of every head on the probability of the right answer.
 
     Attributes:
@@ -100,15 +102,33 @@ class IndirectEffects:
         return ranked(self.mean, count)
 
     def __repr__(self) -> str:
-        layer, head, value = self.top(1)[0]
-        return f"IndirectEffects({len(self.base)} prompts; most: layer {layer} head {head} {value:+.3f})"
+        most = "".join(f"; most: layer {layer} head {head} {value:+.3f}" for layer, head, value in self.top(1))
+        return f"IndirectEffects({len(self.base)} prompts{most})"
 
     def table(self, count: int = 10) -> str:
         """The heads with the largest effects, and what finding them cost, in plain text."""
         rows = [(str(layer), str(head), f"{value:+.4f}") for layer, head, value in self.top(count)]
+        return f"{written_table('causal indirect effect', ('layer', 'head', 'effect'), rows)}\n{self._told()}"
+
+    def _told(self) -> str:
         share = f"; {self.block_tokens / self.loop_block_tokens:.3f} of a loop's" if self.loop_block_tokens else ""
-        title = f"P(answer) {self.base.mean():.4f} before; cost {self.block_tokens:,} block-tokens{share}"
-        return f"{written_table('causal indirect effect', ('layer', 'head', 'effect'), rows)}\n{title}"
+        return f"P(answer) {self.base.mean():.4f} before; cost {self.block_tokens:,} block-tokens{share}"
+
+    def _shown(self) -> Shown:
+        layers, heads = furthest(self.mean, 0.0, 40, 12)
+        grid = self.mean[np.ix_(layers, heads)]
+        names = (f"{len(some)} of {counted(count, name)}" for some, count, name in
+                 zip((layers, heads), self.mean.shape, ("layer", "head"), strict=True))  # fmt: skip
+        return Shown(
+            f"causal indirect effect; {' × '.join(names)}",
+            ("layer", *map(str, heads)),
+            [
+                (str(layer), *("" if np.isnan(x) else f"{x:+.4f}" for x in row))
+                for layer, row in zip(layers, grid, strict=True)
+            ],
+            heat=heat(grid),
+            foot=self._told(),
+        )
 
     def to_json(self, path: str | Path | None = None) -> str:
         """Everything as JSON; with a path, also written there, whole or not at all."""

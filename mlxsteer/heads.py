@@ -17,9 +17,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
+from mlxsteer.display import written_table
 from mlxsteer.hooks import activation, attached, detached
 from mlxsteer.interventions import zero_out
 from mlxsteer.interventions.base import Function, tensor
@@ -313,19 +312,6 @@ def ranked(grid: Array, count: int, *, size: bool = False) -> list[tuple[int, in
     order = np.argsort(-np.where(np.isnan(flat), -np.inf, np.abs(flat) if size else flat), kind="stable")
     chosen = [i for i in order if not np.isnan(flat[i])][:count]
     return [(int(i) // grid.shape[1], int(i) % grid.shape[1], float(flat[i])) for i in chosen]
-
-
-def written_table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in plain text."""
-    table = Table(title=title)
-    for head in heads:
-        table.add_column(head, justify="right")
-    for row in rows:
-        table.add_row(*row)
-    console = Console(width=100, no_color=True, force_terminal=False, force_jupyter=False)
-    with console.capture() as capture:
-        console.print(table)
-    return capture.get().rstrip()
 
 
 def attribution(

@@ -14,7 +14,8 @@ import mlx.core as mx
 import numpy as np
 
 from mlxsteer.directions import check_scikit_learn, logistic
-from mlxsteer.heads import layers_with_heads, ranked, values_of, written_table
+from mlxsteer.display import written_table
+from mlxsteer.heads import layers_with_heads, ranked, values_of
 from mlxsteer.interventions import AddVector, Heads
 from mlxsteer.interventions.base import Intervention, number
 from mlxsteer.interventions.files import as_json

@@ -10,8 +10,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from mlxsteer.display import written_table
 from mlxsteer.extraction import auroc
-from mlxsteer.heads import written_table
 from mlxsteer.interventions.files import as_json
 from mlxsteer.model import InterpretableModel
 from mlxsteer.pairs import ContrastPair, PairSet, check_switch, checked

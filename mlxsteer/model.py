@@ -24,10 +24,12 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlxsteer import checking, generation, pocket
 from mlxsteer.checking import Report
+from mlxsteer.display import Displayed, Shown
 from mlxsteer.generation_options import checked_options, limits_of, sampler_of
 from mlxsteer.hooks import attached, copying, disable, enable, new_owner, residents, settle
 from mlxsteer.interventions.base import whole
 from mlxsteer.interventions.routes import route
+from mlxsteer.model_facts import model_facts
 from mlxsteer.places import Places, Writing
 from mlxsteer.plans import NeverFired, Plan
 from mlxsteer.positions import is_whole
@@ -52,7 +54,7 @@ class ContextLengthWarning(UserWarning):
     """A prompt is longer than the context that the model was made for."""
 
 
-class InterpretableModel:
+class InterpretableModel(Displayed):
     """An mlx-lm model whose activations can be read and written by name. The model itself stays as it is.
 
     Args:
@@ -116,6 +118,20 @@ class InterpretableModel:
         hidden = f", hidden size {width}" if width else ""
         kind = getattr(self.model, "model_type", type(self.model).__name__)
         return f"InterpretableModel({self.name!r}: {kind}, {len(self._sites.blocks)} layers{hidden}{quantized})"
+
+    def _shown(self) -> Shown:
+        facts = model_facts(self)
+        rows = [
+            (
+                row.key if row.role in ("", row.key) else f"{row.key}\n or {row.role}",
+                row.layers,
+                str(row.width or ""),
+                row.weight,
+            )
+            for row in facts.keys
+        ]
+        foot = "\n".join([f"{facts.parameters:,} parameters", *facts.words()])
+        return Shown(repr(self), ("key", "layers", "width", "weight"), rows, texts=(0, 1, 3), foot=foot)
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mlxsteer.heads import written_table
+from mlxsteer.display import Displayed, Shown, furthest, heat
 from mlxsteer.interventions.files import as_json
 from mlxsteer.pairs import counted
 
@@ -21,7 +21,7 @@ _COLUMNS, _ROWS = 12, 40
 
 
 @dataclass(frozen=True, eq=False)
-class Patching:
+class Patching(Displayed):
     """What one run's activations do in another run, place by place and token by token.
 
     Attributes:
@@ -79,7 +79,7 @@ class Patching:
         """The same of each pair, (pairs, places, positions[, heads]); NaN in pairs whose two runs don't differ."""
         return _recovered(self.patched, self.clean, self.corrupted)
 
-    def _shown(self) -> tuple[Array, str, float]:
+    def _looked_at(self) -> tuple[Array, str, float]:
         """The grid that is looked at, what it is, and its value where a patch does nothing."""
         if np.isfinite(self.recovery).any():
             return self.recovery, "recovery", float(self.direction == "noise")
@@ -88,7 +88,7 @@ class Patching:
     def top(self, count: int = 10) -> list[tuple[Any, ...]]:
         """The patches that do most, in either direction, as (key, position, recovery), or (key, position, head,
         recovery); the change of the metric in its place where the two runs don't differ."""
-        grid, _, rest = self._shown()
+        grid, _, rest = self._looked_at()
         order = np.argsort(-np.nan_to_num(np.abs(grid - rest), nan=-1), axis=None, kind="stable")
         cells = [tuple(map(int, np.unravel_index(i, grid.shape))) for i in order if np.isfinite(grid.flat[i])]
         return [(self.sites[c[0]], self.positions[c[1]], *c[2:], float(grid[c])) for c in cells[:count]]
@@ -116,7 +116,7 @@ class Patching:
         Returns:
             The grid, the labels of its rows and of its columns, and what these are, how many of how many included.
         """
-        grid, _, rest = self._shown()
+        grid, _, rest = self._looked_at()
         layers = "*" in self._places()
         down = [key.split(".")[1] for key in self.sites] if layers else self.sites
         across = [f"{p} {token}".strip() for p, token in zip(self.positions, self.tokens, strict=True)]
@@ -126,11 +126,7 @@ class Patching:
         elif grid.ndim == 3:
             down = [f"{one}.{head}" for one in down for head in range(grid.shape[2])]
             grid, names = grid.transpose(0, 2, 1).reshape(len(down), -1), ("layer.head", "position")
-        size = np.nan_to_num(np.abs(grid - rest))
-        kept = [
-            np.sort(np.argsort(-size.max(axis=1 - axis), kind="stable")[:most])
-            for axis, most in enumerate((rows, columns))
-        ]
+        kept = furthest(grid, rest, rows, columns)
         first, second = (
             name if len(some) == total else f"{name} ({len(some)} of {total})"
             for name, some, total in zip(names, kept, grid.shape, strict=True)
@@ -143,19 +139,23 @@ class Patching:
         Args:
             columns: the most positions; of more, those where a patch does most.
         """
+        shown = self._shown(columns)
+        return f"{shown.title}\n{replace(shown, title='').plain()}\n{shown.foot}"
+
+    def _shown(self, columns: int = _COLUMNS) -> Shown:
         grid, down, across, names = self.axes(_ROWS, columns)
-        rows = [
-            [name, *("" if np.isnan(x) else _written(x) for x in row)] for name, row in zip(down, grid, strict=True)
-        ]
         share = f", {self.block_tokens / self.loop_block_tokens:.3f} of a loop's" if self.loop_block_tokens else ""
-        cost = f"cost {self.block_tokens:,} block-tokens{share}"
-        heads = [names[0].split()[0], *(label.replace(" ", "\n") for label in across)]
-        title = f"{self._title()}; by {names[0]} and {names[1]}"
-        return f"{title}\n{written_table('', heads, rows)}\n{self._ends()}; {cost}"
+        return Shown(
+            f"{self._title()}; by {names[0]} and {names[1]}",
+            (names[0].split()[0], *(label.replace(" ", "\n") for label in across)),
+            [(name, *("" if np.isnan(x) else _written(x) for x in row)) for name, row in zip(down, grid, strict=True)],
+            heat=heat(grid, self._looked_at()[2]),
+            foot=f"{self._ends()}; cost {self.block_tokens:,} block-tokens{share}",
+        )
 
     def _title(self) -> str:
         at = f" at {self.positions[0]}" if len(self.positions) == 1 else ""
-        return f"{self._places()}{at}: {self._shown()[1]}, {self.direction}; {counted(len(self.clean), 'pair')}"
+        return f"{self._places()}{at}: {self._looked_at()[1]}, {self.direction}; {counted(len(self.clean), 'pair')}"
 
     def _places(self) -> str:
         """The places in few words: a template where they differ in their layer alone."""
@@ -205,7 +205,7 @@ class Patching:
         from mlxsteer.plots import plot_grid
 
         grid, down, across, names = self.axes(_ROWS, _ROWS)
-        _, unit, rest = self._shown()
+        _, unit, rest = self._looked_at()
         return plot_grid(grid, down, across, names, f"{self._title()}\n{self._ends()}", unit, path, rest=rest)
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import mlx.core as mx
 import numpy as np
 
-from mlxsteer.heads import written_table
+from mlxsteer.display import written_table
 from mlxsteer.hooks import attached
 from mlxsteer.interventions.base import number
 from mlxsteer.interventions.conditions import Compared, projection

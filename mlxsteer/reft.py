@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlxsteer.heads import written_table
+from mlxsteer.display import written_table
 from mlxsteer.interventions import AddVector, LowRank
 from mlxsteer.interventions.base import Intervention
 from mlxsteer.interventions.files import as_json, save

@@ -15,10 +15,9 @@ from typing import Any, Literal, TypeAlias
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
-from rich.console import Console
-from rich.table import Table
 
 from mlxsteer.continuation import check_touched, first_edited, passes_over, shares
+from mlxsteer.display import Displayed, Shown, heat
 from mlxsteer.hooks import residents, surrounding
 from mlxsteer.interventions import create
 from mlxsteer.interventions.base import Intervention, number
@@ -38,7 +37,7 @@ row to an intervention."""
 
 
 @dataclass(frozen=True, eq=False)
-class Sweep:
+class Sweep(Displayed):
     """The effect of a steering vector over layers, strengths and prompts.
 
     Attributes:
@@ -80,25 +79,29 @@ class Sweep:
         return mean
 
     def table(self) -> str:
-        """The mean effect over prompts as a table in plain text; layers down, strengths across."""
-        console = Console(width=100, no_color=True, force_terminal=False, force_jupyter=False)
-        with console.capture() as capture:
-            console.print(self)
-        return capture.get().rstrip()
+        """The mean effect over prompts as a table in plain text; layers down, strengths across.
 
-    def __rich__(self) -> Table:
-        """The same for a terminal that shows colours."""
-        mean = self.mean
-        table = Table(title=f"{_TITLES.get(self.metric, self.metric)}, mean over prompts; {self._strengths_in()}")
-        table.add_column("layer", justify="right")
-        for strength in self.strengths:
-            table.add_column(f"{strength:+g}" if strength else "0", justify="right")
-        low, high = np.nanmin(mean), np.nanmax(mean)
+        Raises:
+            ValueError: no prompt is finished.
+        """
+        _ = self.mean  # an empty grid is no table
+        return self._shown().plain()
+
+    def _shown(self) -> Shown:
+        done = int(self.finished.sum())
+        mean = self.mean if done else np.full(self.effect.shape[:2], np.nan)
+        base = mean[:, [self.strengths.index(0.0)]] if 0.0 in self.strengths else mean.mean()
         form = ".3g" if self.metric.startswith("P(") else "+.2f"
-        for layer, row in zip(self.layers, mean, strict=True):
-            cells = [f"[{_colour(value, low, high)}]{value:{form}}[/]" for value in row]
-            table.add_row(str(layer), *cells)
-        return table
+        return Shown(
+            f"{_TITLES.get(self.metric, self.metric)}, mean over prompts; {self._strengths_in()}",
+            ("layer", *(f"{strength:+g}" if strength else "0" for strength in self.strengths)),
+            [
+                (str(layer), *("" if np.isnan(value) else f"{value:{form}}" for value in row))
+                for layer, row in zip(self.layers, mean, strict=True)
+            ],
+            heat=heat(mean, base),
+            foot="" if self.finished.all() else f"interrupted: {done} of {len(self.finished)} prompts are finished",
+        )
 
     def _strengths_in(self) -> str:
         added = self.record.get("intervention", "add_vector") == "add_vector"
@@ -161,14 +164,6 @@ class Sweep:
 
 _TITLES = {"logprob_difference": "log P(positive) − log P(negative) in nats"}
 _UNITS = {"raw": "vectors", "residual": "residual norms"}
-
-
-def _colour(value: float, low: float, high: float) -> str:
-    """Blue for low, orange for high, plain between: told apart by every kind of sight."""
-    share = (value - low) / max(high - low, 1e-9)
-    if share < 0.25:
-        return "blue"
-    return "dark_orange" if share > 0.75 else "default"
 
 
 # -- what is tried -------------------------------------------------------------------------------------------------

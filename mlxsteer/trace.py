@@ -16,6 +16,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from mlxsteer.display import Displayed, Shown
 from mlxsteer.hooks import activation, alias, attached, detached, residents, surrounding, with_activation
 from mlxsteer.interventions.base import Function
 from mlxsteer.plans import NeverFired, Plan, Stopped
@@ -27,6 +28,9 @@ from mlxsteer.steering import Steering
 class LostWrite(RuntimeError):
     """A write that would reach no model, with the spelling that does."""
 
+
+_PROMPTS, _TOKENS = 20, 200
+"""The most prompts that are shown of a trace, and the most tokens of each."""
 
 _open: ContextVar[tuple[Trace, ...]] = ContextVar("mlxsteer_traces", default=())
 _traces: weakref.WeakValueDictionary[int, Trace] = weakref.WeakValueDictionary()  # id(handle) → its trace
@@ -200,7 +204,7 @@ class Activations(Mapping[str, mx.array]):
         return f"<activations of {len(self)} places: {', '.join(list(self)[:4])}, …>"
 
 
-class Trace:
+class Trace(Displayed):
     """One staged forward over one prompt, or several in a right-padded batch.
 
     Attributes:
@@ -244,6 +248,20 @@ class Trace:
     def __repr__(self) -> str:
         state = "closed" if self.closed else "open"
         return f"<trace of {len(self.lengths)} prompts, {sum(self.lengths)} tokens; {state}>"
+
+    def _shown(self) -> Shown:
+        """The first prompts, or as much of them as fits; nothing is staged, and no handle given."""
+        ids: Any = self.tokens.tolist()
+        decode, rows = self._tokens.prompts[0].decode, []
+        for row, (tokens, count) in enumerate(zip(ids[:_PROMPTS], self.lengths, strict=False)):
+            pieces = [
+                (f"{token} " if decode is None else decode([token]), f"{i}, or {i - count}: token {token}")
+                for i, token in enumerate(tokens[: min(count, _TOKENS)])
+            ]
+            pieces += [("…", f"{count - _TOKENS} more tokens")] * (count > _TOKENS)
+            rows.append((str(row), str(count), pieces))
+        foot = f"… and {len(ids) - _PROMPTS} more prompts" if len(ids) > _PROMPTS else ""
+        return Shown(repr(self), ("row", "tokens", "prompt"), rows, texts=(2,), foot=foot)
 
     # -- the block -------------------------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from typing import Any, Literal, NoReturn
 import mlx.core as mx
 import numpy as np
 
+from mlxsteer.display import Displayed, Shown
 from mlxsteer.interventions import AddSequence, AddVector
 from mlxsteer.interventions.base import Intervention, number, settled, tensor
 from mlxsteer.model import InterpretableModel
@@ -77,7 +78,7 @@ _UNTOLD = ("agreement", "reliability", PAIR_HASHES)
 
 
 @dataclass(frozen=True, eq=False)
-class SteeringVector:
+class SteeringVector(Displayed):
     """Directions in the activations of several layers.
 
     Attributes:
@@ -245,17 +246,26 @@ class SteeringVector:
 
     def describe(self) -> str:
         """Where the vector comes from, and a table of its layers: length, residual norm, agreement, reliability."""
+        shown = self._shown()
+        rows = [shown.columns, *shown.rows]
+        lines = ["  ".join(str(cell).rjust(len(name)) for cell, name in zip(row, shown.columns, strict=True))
+                 for row in rows]  # fmt: skip
+        return "\n".join([shown.foot, *lines])
+
+    def _shown(self) -> Shown:
         told = {"site": self.site, **self.info}
-        lines = [f"{name}: {value}" for name, value in told.items() if name not in _UNTOLD]
         columns = [self.norms, self.residual_norms, self.agreement, self.reliability]
-        names = ["layer", "length", "residual norm", "agreement", "reliability"]
-        shown = [(name, column) for name, column in zip(names[1:], columns, strict=True) if column]
-        lines.append("  ".join([names[0], *(name for name, _ in shown)]))
-        for layer in self.layers:
-            cells = [f"{column[layer]:.3g}".rjust(len(name)) if layer in column else " " * len(name)
-                     for name, column in shown]  # fmt: skip
-            lines.append("  ".join([str(layer).rjust(len(names[0])), *cells]))
-        return "\n".join(lines)
+        names = ["length", "residual norm", "agreement", "reliability"]
+        known = [(name, column) for name, column in zip(names, columns, strict=True) if column]
+        return Shown(
+            repr(self),
+            ("layer", *(name for name, _ in known)),
+            [
+                (str(layer), *(f"{column[layer]:.3g}" if layer in column else "" for _, column in known))
+                for layer in self.layers
+            ],
+            foot="\n".join(f"{name}: {value}" for name, value in told.items() if name not in _UNTOLD),
+        )
 
     def check(self, model: InterpretableModel) -> None:
         """Whether the vector belongs to a model.

@@ -15,8 +15,8 @@ from test_extraction import ids, tokenizer
 
 from mlxsteer import ContrastPair, InterpretableModel, SteeringVector, Sweep, measures, select, sweep
 from mlxsteer import interventions as iv
+from mlxsteer.display import written_table
 from mlxsteer.gating import GateFit
-from mlxsteer.heads import written_table
 from mlxsteer.strength import solved
 from mlxsteer.sweep import chosen_layers
 

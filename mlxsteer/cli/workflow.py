@@ -173,7 +173,6 @@ def select(
         return
     screen = Console()
     screen.print(choice)
-    screen.print(literal(choice.summary()), soft_wrap=True)
     screen.print(literal(f"Saved: {out}. Use it: mlxsteer generate --model {model} --steer {out} 'your prompt'"),
                  soft_wrap=True)  # fmt: skip
 
