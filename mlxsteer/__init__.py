@@ -36,6 +36,7 @@ from mlxsteer.sae import SaeFigures, SparseAutoencoder
 from mlxsteer.sae_training import fit_sae, train_sae
 from mlxsteer.selection import Choice, select
 from mlxsteer.sites import UnknownKey, UnsupportedModel
+from mlxsteer.slider import slider
 from mlxsteer.steering import PartlySteered, SteeredCacheError
 from mlxsteer.strength import Strength, strength_for
 from mlxsteer.sweep import Sweep, sweep
@@ -129,6 +130,7 @@ __all__ = [
     "select_refusal_direction",
     "separation",
     "shift_heads",
+    "slider",
     "strength_for",
     "sweep",
     "task_accuracy",
