@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from html import escape
 from typing import Any, TypeAlias
 
@@ -44,15 +44,9 @@ class Shown:
     styles: Mapping[int, str] = field(default_factory=dict)
     foot: str = ""
 
-    def table(self, columns: Sequence[int] | None = None, title: bool = True) -> Table:
-        """The table by itself, for a terminal.
-
-        Args:
-            columns: numbers of the columns; all unless given.
-            title: whether to put the title above it.
-        """
-        some = range(len(self.columns)) if columns is None else columns
-        made = Table(title=Text(self.title, "table.title") if title and self.title else None)
+    def _table(self, some: Sequence[int]) -> Table:
+        """Columns, for a terminal."""
+        made = Table()
         for j in some:
             words = j in self.texts
             made.add_column(
@@ -68,11 +62,13 @@ class Shown:
 
     def plain(self, width: int = 100, *, foot: bool = False) -> str:
         """The table in plain text, without colours, also where rich believes itself in a notebook."""
-        return plain(self.table(), width) + (f"\n{plain(Text(self.foot), width)}" if foot and self.foot else "")
+        return plain(self if foot else replace(self, foot=""), width)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
-        for number, some in enumerate(self._blocks(options.max_width)):
-            yield self.table(some, title=not number)
+        if self.title:  # a line of its own: as the table's, it would be folded to a narrow table's width
+            yield Text(self.title, "table.title")
+        for some in self._blocks(options.max_width):
+            yield self._table(some)
         if self.foot:
             yield Text(self.foot)
 

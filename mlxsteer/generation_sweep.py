@@ -110,11 +110,7 @@ class GenerationSweep(Displayed):
         return "".join(shown.html() for shown in self._shown_each(240))
 
     def _tables(self, characters: int) -> Group:
-        made = [shown.table() for shown in self._shown_each(characters)]
-        for table in made:
-            table.title_justify, table.expand = "left", True
-            table.columns[-1].ratio, table.columns[-1].overflow = 1, "fold"
-        return Group(*made)
+        return Group(*self._shown_each(characters))
 
     def _shown_each(self, characters: int) -> Iterator[Shown]:
         """For each prompt what is shown of its texts."""
