@@ -77,7 +77,7 @@ def main() -> None:
             table.add_row("none", str(seed), "", "", "", f"{share(model, name, None, prompts, seed):.2f}", "")
             begun = time.perf_counter()
             vector = extract(model, pairs, seed=seed)
-            found = strength_for(model, vector, options.layer, kl=options.kl, prompts=neutral, at=at, **side_effects)
+            found = strength_for(model, vector, options.layer, kl=options.kl, neutral=neutral, at=at, **side_effects)
             steer: dict[str, Any] = dict(vector.at(options.layer, found.value, at, unit="residual"))
             took = time.perf_counter() - begun
             spent = kl(model, steer, neutral, **side_effects).mean

@@ -140,7 +140,7 @@ def compare(
         cells = []
         for vector in vectors.values():
             strength = strength_for(
-                model, vector, layer, kl=kl, at="all", tokens=8, prompts=datasets.neutral(model)[:16]
+                model, vector, layer, kl=kl, at="all", tokens=8, neutral=datasets.neutral(model)[:16]
             )
             steer = vector.at(layer, strength.value, unit="residual")
             cells.append(f"{written(positive(steer))} at {strength.value:.3f} (KL {strength.reached:.2f})")

@@ -70,7 +70,7 @@ def strength_for(
     *,
     kl: float | None = None,
     budget: Mapping[str, float] | None = None,
-    prompts: Iterable[Any] | None = None,
+    neutral: Iterable[Any] | None = None,
     at: At = -1,
     unit: Literal["raw", "residual"] = "residual",
     tokens: int = 24,
@@ -92,7 +92,7 @@ def strength_for(
         layers: a layer, several, or layer → relative strength; see `SteeringVector.at`.
         kl: mean KL per token in nats; short for ``budget={"kl_mean": …}``.
         budget: one measure and its target, see `BUDGETS`.
-        prompts: neutral prompts; `datasets.neutral` for the model unless given.
+        neutral: prompts to measure side effects on; `datasets.neutral` for the model unless given.
         at: which tokens are steered.
         unit: of the strength.
         tokens: how many tokens of the unsteered model's continuations are measured, or are generated for the
@@ -121,7 +121,7 @@ def strength_for(
     vector.check(model)
     steering = vector.at(layers, 1.0, at, unit=unit)
     strongest = (STRONGEST if unit == "residual" else 1000.0) if strongest is None else number(strongest, "strongest")
-    asked = listed(datasets.neutral(model) if prompts is None else prompts)
+    asked = listed(datasets.neutral(model) if neutral is None else neutral)
     evaluate: Callable[[float], float]
     if measure == "perplexity_ratio":
         said = [[{"role": "user", "content": p}] if chat and isinstance(p, str) else p for p in asked]

@@ -208,7 +208,7 @@ def vector(llama: InterpretableModel) -> SteeringVector:
 def test_the_bundled_model_is_steered_at_a_divergence_that_a_measurement_confirms(pocket: InterpretableModel) -> None:
     pairs = [pair for pair in datasets.load("pocket/sentiment") if pair.split == "train"][:8]
     vector, prompts = extract(pocket, pairs, layers=[4, 5], progress=False), datasets.neutral(pocket)[:4]
-    found = strength_for(pocket, vector, 5, kl=0.1, prompts=prompts, tokens=8)
+    found = strength_for(pocket, vector, 5, kl=0.1, neutral=prompts, tokens=8)
     assert found.hit
     assert len(found.trials) <= 5
     assert (found.measure, found.target, found.unit) == ("kl_mean", 0.1, "residual")
@@ -232,7 +232,7 @@ def test_the_bundled_model_is_steered_at_a_divergence_that_a_measurement_confirm
 def test_the_strength_spends_its_budget(
     llama: InterpretableModel, vector: SteeringVector, given: dict[str, Any], steering: Any
 ) -> None:
-    arguments = {"layers": 1, "prompts": PROMPTS, "tokens": 3, **given}
+    arguments = {"layers": 1, "neutral": PROMPTS, "tokens": 3, **given}
     found = strength_for(llama, vector, arguments.pop("layers"), **arguments)
     assert found.hit, str(found)
     spent = measured(kl(llama, steering(vector, found.value), PROMPTS, tokens=3), found.measure)
@@ -241,7 +241,7 @@ def test_the_strength_spends_its_budget(
 
 
 def test_the_other_side_has_its_own_strength(llama: InterpretableModel, vector: SteeringVector) -> None:
-    there, back = (strength_for(llama, v, 1, kl=0.02, prompts=PROMPTS, tokens=3) for v in (vector, -vector))
+    there, back = (strength_for(llama, v, 1, kl=0.02, neutral=PROMPTS, tokens=3) for v in (vector, -vector))
     assert there.hit
     assert back.hit
     assert there.value != back.value
@@ -250,7 +250,7 @@ def test_the_other_side_has_its_own_strength(llama: InterpretableModel, vector: 
 
 
 def test_tolerance_evaluations_and_the_strongest_are_kept(llama: InterpretableModel, vector: SteeringVector) -> None:
-    arguments: dict[str, Any] = {"kl": 0.02, "prompts": PROMPTS, "tokens": 3}
+    arguments: dict[str, Any] = {"kl": 0.02, "neutral": PROMPTS, "tokens": 3}
     close = strength_for(llama, vector, 1, tolerance=0.001, **arguments)
     assert close.reached == pytest.approx(0.02, rel=0.001)
     assert len(strength_for(llama, vector, 1, tolerance=1e-9, evaluations=2, **arguments).trials) == 2
@@ -267,17 +267,17 @@ def test_chats_are_measured_as_chats(pocket: InterpretableModel) -> None:
     asked = ["Hello!"]
     chats = [[{"role": "user", "content": text}] for text in asked]
     for budget in ({"kl_mean": 0.5}, {"perplexity_ratio": 1.5}):
-        as_chats = strength_for(pocket, vector, 4, budget=budget, prompts=chats, **arguments)
-        told = strength_for(pocket, vector, 4, budget=budget, prompts=asked, chat=True, **arguments)
+        as_chats = strength_for(pocket, vector, 4, budget=budget, neutral=chats, **arguments)
+        told = strength_for(pocket, vector, 4, budget=budget, neutral=asked, chat=True, **arguments)
         np.testing.assert_allclose(told.trials, as_chats.trials, rtol=1e-4)
-        plain = strength_for(pocket, vector, 4, budget=budget, prompts=asked, **arguments)
+        plain = strength_for(pocket, vector, 4, budget=budget, neutral=asked, **arguments)
         assert plain.trials[0][1] != pytest.approx(told.trials[0][1], rel=1e-3)
 
 
 def test_a_perplexity_is_that_of_texts_generated_with_one_seed(
     llama: InterpretableModel, vector: SteeringVector
 ) -> None:
-    found = strength_for(llama, vector, 1, budget={"perplexity_ratio": 1.2}, prompts=PROMPTS, tokens=4, seed=3,
+    found = strength_for(llama, vector, 1, budget={"perplexity_ratio": 1.2}, neutral=PROMPTS, tokens=4, seed=3,
                          evaluations=3)  # fmt: skip
     sampled: dict[str, Any] = {"max_tokens": 4, "temp": 1.0, "seed": 3}
     base = perplexity(llama, llama.generate(PROMPTS, **sampled))
@@ -305,10 +305,10 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "no norms": ({"vector": SteeringVector({1: mx.ones(64)})}, ValueError, "needs the vector's residual norm"),
     "no layer": ({"layers": 7}, KeyError, "no direction for layer 7"),
     "a unit": ({"unit": "sigma"}, ValueError, "unit is 'raw' or 'residual'"),
-    "one prompt": ({"prompts": "the food"}, TypeError, r"one prompt is \[prompt\]"),
+    "one prompt": ({"neutral": "the food"}, TypeError, r"one prompt is \[prompt\]"),
     "one prompt to continue": (
-        {"prompts": "the food", "kl": None, "budget": {"perplexity_ratio": 1.2}}, TypeError, r"is \[prompt\]"),
-    "no prompts": ({"prompts": []}, ValueError, "no neutral prompts"),
+        {"neutral": "the food", "kl": None, "budget": {"perplexity_ratio": 1.2}}, TypeError, r"is \[prompt\]"),
+    "no prompts": ({"neutral": []}, ValueError, "no neutral prompts"),
     "no evaluations": ({"evaluations": 0}, ValueError, "evaluations is above 0, not 0"),
     "no tolerance": ({"tolerance": 0.0}, ValueError, "tolerance is above 0"),
     "the other side": ({"strongest": -1.0}, ValueError, "strongest is above 0"),
@@ -321,7 +321,7 @@ def test_what_can_not_be_solved_is_refused_before_anything_runs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(type(llama.model), "__call__", lambda *_, **__: pytest.fail("it ran"))
-    arguments = {"vector": vector, "layers": 1, "kl": 0.1, "prompts": PROMPTS, **given}
+    arguments = {"vector": vector, "layers": 1, "kl": 0.1, "neutral": PROMPTS, **given}
     with pytest.raises(kind, match=sentence):
         strength_for(llama, arguments.pop("vector"), arguments.pop("layers"), **arguments)
 
