@@ -133,6 +133,8 @@ class Named:
         """The key dict that does it."""
         if isinstance(self.source, SteeringVector):
             return self.source.at(self.layers, self.strength, self.at, unit=self.unit)
+        if self.strength == 1:  # as they are, so that whoever asks what is done sees it, and not a composition of one
+            return dict(self.source)
         return {key: Compose((one,), self.strength) for key, one in self.source.items()}
 
     def acts(self) -> Iterator[tuple[str, str, float, str]]:
@@ -223,10 +225,11 @@ def check_places(sources: Iterable[tuple[str, Source]], layers: Sequence[int], a
             if isinstance(source, SteeringVector) and layer not in source.layers:
                 raise ValueError(f"--layer {layer}: {name} has no direction there; it has {source.layers}.")
     if all(isinstance(source, dict) for _, source in sources):
-        told = {"--layer": ",".join(map(str, layers)), "--at": at, "--unit": None if unit == "raw" else unit}
-        for option, value in told.items():
+        given = {"--layer": ",".join(map(str, layers)), "--at": at, "--unit": None if unit == "raw" else unit}
+        for option, value in given.items():
             if value:
-                raise ValueError(f"{option} {value} says how a vector acts: name one by --steer.")
+                told = "; interventions say it themselves" if sources else ""
+                raise ValueError(f"{option} {value} says how a vector acts: name one by --steer{told}.")
 
 
 def together(model: InterpretableModel, steerings: Iterable[Named]) -> dict[str, Intervention]:
