@@ -135,6 +135,8 @@ def _show(found: Sweep | Evaluation, drawn: Path | None, as_json: bool) -> None:
 def _vector(name: str, model: str) -> SteeringVector:
     source = opened(name, model)
     if not isinstance(source, SteeringVector):
+        if isinstance(source, dict) and Path(name).expanduser().exists():
+            raise ValueError(f"--vector {name} holds interventions, and no vector: mlxsteer extract writes one.")
         raise ValueError(f"--vector {name}: no vector; mlxsteer extract --pairs {name} computes one.")
     return source
 
