@@ -126,16 +126,20 @@ def _plot_line(
     marker: str,
     label: str,
     aside: float | None = None,
+    interval: bool = True,
 ) -> None:
     """A mean over prompts with its 95 % interval.
 
     Args:
         aside: draw the intervals as bars, so far to the right; as a band unless given, and there are several strengths.
+        interval: whether to draw it.
     """
     order = np.argsort(strengths)
     x = np.array(strengths, float)[order] + (aside or 0.0)
     mean, low, high = _mean_and_band(effect, strengths)[:, order]
     axes.plot(x, mean, marker=marker, markersize=5, linewidth=1.8, color=colour, label=label, zorder=3)
+    if not interval:
+        return
     if aside is None and len(x) > 1:
         axes.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0, zorder=2)
     else:
@@ -157,7 +161,11 @@ def _plot_layers(
     *,
     bars: bool = False,
 ) -> None:
-    """Lines of layers × strengths × prompts, those that are `shown` in colour and with their intervals."""
+    """Lines of layers × strengths × prompts, those that are `shown` in colour; and intervals.
+
+    As bars they stand side by side, each line's own. Bands would lie over each other: the line that reaches furthest
+    has the only one.
+    """
     order = np.argsort(strengths)
     others = [i for i in range(len(layers)) if i not in shown]
     for number, i in enumerate(others):
@@ -165,10 +173,12 @@ def _plot_layers(
         mean = np.where(kept, effect[i], 0).sum(axis=1) / np.where(kept.any(axis=1), kept.sum(axis=1), np.nan)
         axes.plot(np.array(strengths)[order], mean[order], color="#b5b5b5", linewidth=0.9, zorder=1,
                   label=f"{len(others)} other layer{'s' * (len(others) > 1)}" if not number else None)  # fmt: skip
+    furthest = max(shown, key=lambda i: float(np.ptp(np.nan_to_num(effect[i]).mean(axis=1))), default=None)
     gap = 0.012 * float(np.ptp(strengths)) if bars else None  # side by side, bars of several layers are told apart
     for number, (i, (colour, marker)) in enumerate(zip(shown, _STYLES, strict=False)):
         aside = None if gap is None else gap * (number - (len(shown) - 1) / 2)
-        _plot_line(axes, effect[i], strengths, colour, marker, f"layer {layers[i]}", aside)
+        interval = bars or i == furthest
+        _plot_line(axes, effect[i], strengths, colour, marker, f"layer {layers[i]}", aside, interval)
     if 0.0 in strengths and len(strengths) > 1:
         axes.axvline(0, color=_GREY, linewidth=0.8, zorder=0)
     _strength_ticks(axes, strengths)

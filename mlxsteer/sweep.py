@@ -6,7 +6,7 @@ import functools
 import hashlib
 import inspect
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -25,6 +25,7 @@ from mlxsteer.interventions.files import as_json
 from mlxsteer.interventions.gates import looks_back
 from mlxsteer.interventions.registry import registered
 from mlxsteer.model import InterpretableModel
+from mlxsteer.pairs import PAIR_HASHES, checked, counted, pairs_seen
 from mlxsteer.positions import At, Position, after
 from mlxsteer.progress import Step, reporting
 from mlxsteer.questions import Metric, Question, groups, question_of
@@ -85,7 +86,18 @@ class Sweep(Displayed):
             ValueError: no prompt is finished.
         """
         _ = self.mean  # an empty grid is no table
-        return self._shown().plain()
+        return self._shown().plain(foot=True)
+
+    @property
+    def warnings(self) -> list[str]:
+        """What is to be kept in mind of the numbers, in words."""
+        seen = self.record.get("pairs_seen")
+        if not isinstance(seen, int) or not seen:
+            return []
+        return [
+            f"the vector was computed from {seen} of the {counted(self.effect.shape[2], 'pair')}: what it does on them "
+            "looks better than it is."
+        ]
 
     def _shown(self) -> Shown:
         done = int(self.finished.sum())
@@ -100,7 +112,16 @@ class Sweep(Displayed):
                 for layer, row in zip(self.layers, mean, strict=True)
             ],
             heat=heat(mean, base),
-            foot="" if self.finished.all() else f"interrupted: {done} of {len(self.finished)} prompts are finished",
+            foot="\n".join(
+                [
+                    *(
+                        []
+                        if self.finished.all()
+                        else [f"interrupted: {done} of {len(self.finished)} prompts are finished"]
+                    ),
+                    *(f"Warning: {warning}" for warning in self.warnings),
+                ]
+            ),
         )
 
     def _strengths_in(self) -> str:
@@ -347,7 +368,9 @@ def sweep(
     if isinstance(batch_tokens, bool) or not isinstance(batch_tokens, int) or batch_tokens < 1:
         raise ValueError(f"batch_tokens is a number of tokens from 1 on, not {batch_tokens!r}.")
     chosen, wanted = _directions(model, vector, layers, unit)
+    pairs = list(pairs) if isinstance(pairs, Iterator) else pairs  # looked at twice
     question = question_of(model, pairs, metric, normalize, chat)
+    seen = pairs_seen(chosen.info.get(PAIR_HASHES), checked(pairs)) if question.pairs else None
     position = Position.of(at)
     make = _maker(intervention, chosen, at, unit)
     tried = {layer: make(layer, [1.0]) for layer in wanted}
@@ -363,7 +386,7 @@ def sweep(
                 "of its arguments alone, or leave checkpoint= out."
             )
     made = Sweep(np.full((len(wanted), len(strong), prompts), np.nan), wanted, strong, unit, question.metric,
-                 _record(model, chosen, question, at, intervention, metric))  # fmt: skip
+                 _record(model, chosen, question, at, intervention, metric) | {"pairs_seen": seen})  # fmt: skip
     if checkpoint is not None and Path(checkpoint).exists():
         _resume(made, checkpoint)
     moving = [i for i, s in enumerate(strong) if s]

@@ -13,7 +13,7 @@ import pytest
 import tiny
 from test_extraction import ids, tokenizer
 
-from mlxsteer import ContrastPair, InterpretableModel, SteeringVector, Sweep, measures, select, sweep
+from mlxsteer import ContrastPair, InterpretableModel, SteeringVector, Sweep, extract, measures, select, sweep
 from mlxsteer import interventions as iv
 from mlxsteer.display import written_table
 from mlxsteer.gating import GateFit
@@ -161,6 +161,20 @@ def test_negative_layers_count_from_the_model_s_last(llama: InterpretableModel) 
             chosen_layers(llama, vector, wrong)
 
 
+def test_a_sweep_over_pairs_of_the_vector_itself_says_so(llama: InterpretableModel) -> None:
+    pairs = [*PAIRS, ContrastPair("to", " see", " be")]
+    vector = extract(llama, PAIRS, progress=None)
+    found = sweep(llama, vector, iter(pairs), layers=[1], strengths=[1], progress=None)
+    said = "the vector was computed from 2 of the 3 pairs"
+    assert found.record["pairs_seen"] == 2
+    assert found.warnings[0].startswith(said)
+    assert f"Warning: {said}" in found.table()
+    assert sweep(llama, vector, pairs[2:], layers=[1], strengths=[1], progress=None).warnings == []
+    unknown = replace(vector, info={})
+    assert sweep(llama, unknown, PAIRS, layers=[1], strengths=[1], progress=None).warnings == []
+    assert sweep(llama, vector, ["to see"], metric=[" the"], layers=[1], strengths=[1], progress=None).warnings == []
+
+
 def test_a_sweep_is_drawn_with_intervals_of_the_layers_that_reach_furthest() -> None:
     rng = np.random.default_rng(2)
     strengths = [1.0, 0.0, -1.0]
@@ -174,7 +188,7 @@ def test_a_sweep_is_drawn_with_intervals_of_the_layers_that_reach_furthest() -> 
     legend = lines.get_legend()
     assert [text.get_text() for text in legend.get_texts()] == ["2 other layers", "layer 5", "layer 7", "layer 9"]
     assert legend.get_title().get_text() == "band: 95 % interval, 8 prompts"
-    assert len(lines.collections) == 3
+    assert len(lines.collections) == 1  # of layer 5 alone: bands over each other can't be told apart
     corners = lines.collections[0].get_paths()[0].vertices
     for strength, row in zip(strengths, effect[1, :, :8], strict=True):
         change = measures.paired_difference(row, base[:8])
