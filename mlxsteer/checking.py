@@ -6,6 +6,7 @@ believed to mean is held against what the forward does.
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from dataclasses import dataclass, replace
 
@@ -28,7 +29,7 @@ class Finding:
     """What one part of a check found.
 
     Attributes:
-        what: ``"names"``, ``"firings"``, ``"shapes"``, ``"cause"``, ``"replay"`` or ``"batch"``.
+        what: ``"names"``, ``"firings"``, ``"shapes"``, ``"cause"``, ``"inputs"``, ``"replay"`` or ``"batch"``.
         fine: whether steering is what it says; what it does in a plainer way is fine.
         says: a sentence.
     """
@@ -75,13 +76,15 @@ def check(sites: SiteMap) -> Report:
         warnings.simplefilter("ignore")
         forwards = _Forwards(sites)
         findings = [_names(sites)]
-        for part in (_firings, _shapes, _cause, _replay):
+        for part in (_firings, _shapes, _cause, _inputs, _replay):
             try:
                 findings.append(part(forwards))
                 if part is _firings and not findings[-1].fine:
                     break  # what doesn't run can't be looked at
             except (NeverFired, TypeError, ValueError, RuntimeError, AttributeError) as error:
-                findings.append(Finding(part.__name__.strip("_"), False, f"{type(error).__name__}: {error}"))
+                findings.append(
+                    Finding(part.__name__.strip("_"), False, f"{type(error).__name__}: {str(error).rstrip('.')}")
+                )
                 break
         findings.append(_batch(sites))
     file = type(sites.model).__module__.rsplit(".", 1)[-1]
@@ -108,6 +111,8 @@ def check_unknown(sites: SiteMap, stacklevel: int) -> None:
     if not wrong:
         return
     said = "; ".join(f"{finding.what}: {finding.says}" for finding in wrong)
+    if any(finding.what == "shapes" for finding in wrong):
+        sites.uneven = True
     if any(finding.what == "replay" for finding in wrong):
         sites.family = replace(sites.family, replay=False, head=False)
         said += ", so every pass runs whole"
@@ -163,10 +168,15 @@ def _names(sites: SiteMap) -> Finding:
     fixed = [key for key in ("embed", "norm") if key in sites.modules]
     parts = ", ".join([*fixed, "logits", *(f"{role} in {n} of {count}" for role, n in found.items() if n)])
     missing = [key for key in ("embed", "norm") if key not in fixed]
-    none = f"; {' and '.join(missing)}: no module of its own" if missing else ""
+    lack = "no module of its own" if sites.checked else "no module by a name that mlxsteer knows"
+    none = f"; {' and '.join(missing)}: {lack}" if missing else ""
     if bare:
         inside = ", ".join(sorted({k.split(".")[2] for k in sites.modules if k.startswith(f"layers.{bare[0]}.")}))
         none += f"; no role name in layers.{bare[0]} ({inside or 'it has no parts'}): its parts go by their own names"
+    if rivals := sites.rivals:
+        those = " and ".join([sites.container, *rivals])
+        said = f"{those} are lists of {len(sites.blocks)} modules each, and layers.0 is taken from {sites.container}"
+        return Finding("names", False, f"{said}: a `layers` property of the model says which is meant")
     return Finding("names", True, parts + none)
 
 
@@ -178,9 +188,8 @@ def _firings(forwards: _Forwards) -> Finding:
     if never:
         return Finding("firings", False, f"{_some(never)} never run{'s' * (len(never) == 1)}: a change there is lost")
     if often:
-        return Finding(
-            "firings", False, f"{_some(often)} run several times in a forward: say which, {often[0]}#0 or {often[0]}#1"
-        )
+        times = f"run{'s' * (len(often) == 1)} several times in a forward"
+        return Finding("firings", False, f"{_some(often)} {times}: say which, {often[0]}#0 or {often[0]}#1")
     quiet = sum(not calls.get(id(module), 0) for module in forwards.sites.modules.values())
     beside = f"; {quiet} modules inside them never do, and a key of theirs is refused" if quiet else ""
     return Finding("firings", True, f"every block runs once in a forward{beside}")
@@ -199,6 +208,27 @@ def _shapes(forwards: _Forwards) -> Finding:
     if len(shape) != 3 or shape[:2] != (1, TOKENS) or width not in (None, shape[-1]):
         return Finding("shapes", False, f"a block gives {shape} for 1 row of {TOKENS} tokens: no residual stream")
     return Finding("shapes", True, f"every block gives (batch, tokens, {shape[-1]}) in {_name(dtype)}")
+
+
+def _inputs(forwards: _Forwards) -> Finding:
+    """What enters a block is held to be what it takes first; a block may take its positions or a mask there."""
+    given = {site.key: activation(forwards.whole(site), site).shape for site in forwards.blocks}
+    entering = [forwards.sites.resolve(f"{key}.input") for key in given]
+    plan = Plan(forwards.sites, entering, tokens=forwards.tokens)
+    try:
+        mx.eval(forwards.run(plan))
+    except TypeError as error:
+        return Finding("inputs", False, f"{str(error).rstrip('.')}; steer at the outputs")
+    if len(plan.captured) < len(entering):
+        return Finding("inputs", False, "the blocks run in the first forward only: a function is compiled around them")
+    other = [
+        f"{site.key} is {plan.captured[site].shape}"
+        for site in entering
+        if plan.captured[site].shape[:2] != given[site.key.removesuffix(".input")][:2] or plan.captured[site].ndim != 3
+    ]
+    if other:
+        return Finding("inputs", False, f"{_some(other)}, no residual stream: steer at the outputs")
+    return Finding("inputs", True, "what a block takes first is (batch, tokens, features)")
 
 
 def _cause(forwards: _Forwards) -> Finding:
@@ -232,6 +262,9 @@ def _replay(forwards: _Forwards) -> Finding:
 
 
 def _batch(sites: SiteMap) -> Finding:
+    taken = inspect.signature(type(sites.model).__call__).parameters.values()
+    if not any(one.name == "cache" or one.kind is one.VAR_KEYWORD for one in taken):
+        return Finding("batch", True, "a call without a cache, which mlx-lm's generators need: trace and steer work")
     if not hasattr(sites.model, "layers"):
         return Finding("batch", True, "no model.layers, which mlx-lm's generators need: trace, record and steer work")
     cache = make_prompt_cache(sites.model)

@@ -91,7 +91,7 @@ class InterpretableModel(Displayed):
         if isinstance(model, nn.Module):
             if load:
                 raise TypeError(f"{next(iter(load))}= goes to mlx_lm.load, and a module is loaded already.")
-            self.name = getattr(model, "model_type", type(model).__name__)
+            self.name = getattr(model, "model_type", None) or type(model).__name__
             self.model = model
             wrapped = tokenizer if tokenizer is None or isinstance(tokenizer, TokenizerWrapper) else None
             self.tokenizer: TokenizerWrapper | None = (
@@ -116,7 +116,7 @@ class InterpretableModel(Displayed):
         quantized = f", {'/'.join(map(str, sorted(bits)))}-bit" if bits else ""
         width = self._sites.width(self._sites.resolve("layers.0"))
         hidden = f", hidden size {width}" if width else ""
-        kind = getattr(self.model, "model_type", type(self.model).__name__)
+        kind = getattr(self.model, "model_type", None) or type(self.model).__name__
         return f"InterpretableModel({self.name!r}: {kind}, {len(self._sites.blocks)} layers{hidden}{quantized})"
 
     def _shown(self) -> Shown:
@@ -167,7 +167,10 @@ class InterpretableModel(Displayed):
         Raises:
             UnknownKey: it matches nothing.
         """
-        return self._sites.keys if pattern is None else [site.key for site in self._sites.expand(pattern)]
+        if pattern is None:
+            self._sites.read()  # an adapter may have been put in since
+            return self._sites.keys
+        return [site.key for site in self._sites.expand(pattern)]
 
     @property
     def layers(self) -> Places:

@@ -81,6 +81,7 @@ def model_facts(model: InterpretableModel, *, check: bool = False) -> ModelFacts
         check: run `model.check`'s forwards too.
     """
     sites = model._sites
+    sites.read()  # it may have been quantized since
     kinds: dict[tuple[str, int | None, str], list[int]] = {}
     roles: dict[str, str] = {}
     for layer in range(len(sites.blocks)):

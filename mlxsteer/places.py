@@ -93,6 +93,7 @@ class Places:
         self._sites = sites
 
     def __len__(self) -> int:
+        self._sites._follow()
         return len(self._sites.blocks)
 
     def __getitem__(self, index: Any) -> Any:

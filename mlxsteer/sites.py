@@ -112,26 +112,39 @@ class SiteMap:
         self.model_type: str | None = getattr(model, "model_type", None)
         blocks = [b for b in _blocks(model) or () if isinstance(b, nn.Module)]
         self.family = families.family(self.model_type, _file(model), *dict.fromkeys(map(_file, blocks)))
-        own = type(model).__module__.startswith("mlx_lm.models.")
+        own = all(type(part).__module__.startswith("mlx_lm.models.") for part in (model, *blocks))
         self.checked = own and _file(model) in families.CHECKED
-        """Whether the model's file is among those that the tests check, tiny."""
+        """Whether the model's file is among those that the tests check, tiny, and its blocks are mlx-lm's too."""
+        self.uneven = False
+        """Whether a check found that the blocks differ in width, which then can't be told without running them."""
         if self.family.refusal:
             name = self.model_type or type(model).__name__
             raise UnsupportedModel(f"{name} models can't be steered: {self.family.refusal}.")
-        self._read()
+        self.read()
 
-    def _read(self) -> None:
+    def read(self) -> None:
         """Take in the model's structure, as it is now."""
         model = self.model
-        paths = {id(module): path for path, module in model.named_modules()}
+        paths: dict[int, list[str]] = {}
+        for path, module in model.named_modules():
+            paths.setdefault(id(module), []).append(path)
         blocks = _blocks(model)
         if not blocks or not all(id(b) in paths for b in blocks):
             raise UnsupportedModel(
                 f"{type(model).__name__} has no list of blocks: mlxsteer needs a text decoder as mlx-lm builds it, "
                 "with `model.layers`."
             )
-        self.blocks: list[nn.Module] = list(blocks)
-        self._block_paths = [paths[id(block)] for block in self.blocks]
+        self._listed = tuple(blocks)
+        # a block that is listed twice is one that runs twice
+        self.blocks: list[nn.Module] = list({id(block): block for block in blocks}.values())
+        held = Counter(path.rpartition(".")[0] for b in self.blocks for path in paths[id(b)])
+        ways = [
+            sorted(paths[id(b)], key=lambda p: (-held[p.rpartition(".")[0]], -p.count("."), _natural(p)))
+            for b in self.blocks
+        ]
+        self._block_paths = [way[0] for way in ways]
+        self._aliases = frozenset(path for way in ways for path in way[1:])
+        """Further paths of the blocks, where another list holds them too: names go by the fullest, then the deepest."""
         parent_path = self._block_paths[0].rsplit(".", 2)[0] if self._block_paths[0].count(".") > 1 else ""
         self.trunk = self._module_at(parent_path)
         """The module that holds the blocks, the embedding and the final norm."""
@@ -148,14 +161,35 @@ class SiteMap:
 
     # -- structure -----------------------------------------------------------------------------------------------
 
+    @property
+    def rivals(self) -> list[str]:
+        """Where other lists lie that are as long as the blocks', in a model that doesn't say which one is meant."""
+        if getattr(self.model, "layers", None) is not None:
+            return []
+        lists = [one for one in _lists(_text(self.model)) if len(one) == len(self._listed) > 1]
+        firsts = {id(one[0]) for one in lists if one[0] is not self.blocks[0]}
+        return [path.rpartition(".")[0] for path, module in self.model.named_modules() if id(module) in firsts]
+
     def _moved(self, canonical: str) -> bool:
         """Whether another module has taken a place since the structure was read: an adapter's, or a quantized one."""
         match = re.fullmatch(r"layers\.(\d+)((?:\..+)?)", canonical)
         path = self._block_paths[int(match[1])] + match[2] if match else self._fixed.get(canonical, canonical)
+        path = path.removesuffix(".output")  # of a module that is itself called so, see `modules`
         try:
             return self._module_at(path) is not self.modules[canonical]
         except (KeyError, IndexError):
             return True
+
+    def _follow(self) -> None:
+        """Take the structure in anew where blocks were added, removed or exchanged."""
+        now = _shown(self.model)
+        if now is None:
+            with suppress(KeyError, IndexError, TypeError):
+                now = self._module_at(self.container)  # type: ignore[assignment]
+        if not isinstance(now, (list, tuple)):
+            return
+        if len(now) != len(self._listed) or any(a is not b for a, b in zip(now, self._listed, strict=True)):
+            self.read()
 
     def _module_at(self, path: str) -> nn.Module:
         module = self.model
@@ -182,16 +216,24 @@ class SiteMap:
         """Canonical key → module, for every module with an output of its own, in the order of the tree.
 
         Left out are the root (its output is called ``logits``), containers that can't be called, and a module that
-        several parents share (an activation function made once for all layers): it names no one place.
+        several parents share (an activation function made once for all layers): it names no one place. A module that
+        is itself called ``input``, ``output`` or ``heads`` goes by ``layers.5.output.output``, what it gives.
         """
         to_fixed = {path: fixed for fixed, path in self._fixed.items()}
-        named = sorted(self.model.named_modules(), key=lambda item: _natural(item[0]))
+        named = sorted(self._named(), key=lambda item: _natural(item[0]))
         paths = Counter(id(module) for _, module in named)
         return {
-            to_fixed.get(path) or self._canonical(path): module
+            to_fixed.get(path) or _unlike_a_port(self._canonical(path)): module
             for path, module in named
             if path and not _is_head(path) and callable(module) and paths[id(module)] == 1
         }
+
+    def _named(self) -> list[tuple[str, nn.Module]]:
+        """Every module with its path; those in blocks by the one path that their block goes by."""
+        named = self.model.named_modules()
+        if not self._aliases:
+            return named
+        return [(path, m) for path, m in named if not any(way in self._aliases for way in _ways(path))]
 
     def _canonical(self, path: str) -> str:
         """A raw MLX path with the blocks' container called ``layers``."""
@@ -203,6 +245,7 @@ class SiteMap:
     @property
     def keys(self) -> list[str]:
         """The canonical keys of all outputs, ``logits`` last."""
+        self._follow()
         return [*self.modules, "logits"]
 
     # -- from a key to a site --------------------------------------------------------------------------------------
@@ -219,8 +262,14 @@ class SiteMap:
             raise UnknownKey(
                 f"{key!r} names several places, and one is asked for here; model.sites({key!r}) lists them."
             )
+        self._follow()
         path, call = self._split_call(key)
         port, heads = "output", path.endswith(".heads")
+        if path.endswith(".output") and self._canonical(path) + ".output" in self.modules:
+            raise UnknownKey(
+                f"{key!r} may mean two places here, where a module is called 'output': {path}.output is what that one "
+                f"gives, and {path.removesuffix('.output')} what the module around it gives."
+            )
         if heads:
             path = path[: -len(".heads")]
         elif path.endswith((".input", ".output")):
@@ -231,7 +280,7 @@ class SiteMap:
                 raise UnknownKey(f"{key!r}: 'logits' is the model's output; 'norm' is what its head reads.")
             return Site("logits", self.model)
         if self._moved(path):
-            self._read()
+            self.read()
             return self.resolve(key)
         module = self.modules[path]
         layer = int(path.split(".")[1]) if path.startswith("layers.") else None
@@ -258,6 +307,8 @@ class SiteMap:
             canonical = self._canonical(candidate)
             if canonical in self.modules:
                 return canonical
+            if f"{canonical}.output" in self.modules:
+                return f"{canonical}.output"
             fixed = {raw: name for name, raw in self._fixed.items()}.get(candidate)
             if fixed:
                 return fixed
@@ -283,6 +334,8 @@ class SiteMap:
             raise UnknownKey(f"{key!r}: this block has several: {those}.")
         actual = _first(self.blocks[number], names)
         path = f"layers.{number}.{actual}" + (f".{tail}" if tail else "")
+        if actual and callable(_inside(self.blocks[number], actual)) and path not in self.modules and not tail:
+            raise UnknownKey(f"{key!r} names no one place: several parts of the model share this module, {path}.")
         return path if actual and path in self.modules else None
 
     def _heads_site(self, key: str, path: str, module: nn.Module, layer: int | None, call: int | None) -> Site:
@@ -308,6 +361,7 @@ class SiteMap:
         """
         if not isinstance(pattern, str):
             return list(dict.fromkeys(site for one in pattern for site in self.expand(one)))
+        self._follow()
         path = self._in_canonical_words(pattern)
         if match := re.fullmatch(r"layers\.(\*|\d+-\d+)((?:[.#].+)?)", path):
             return self._each_layer(self._span(match[1], pattern), match[2], pattern)
@@ -371,6 +425,8 @@ class SiteMap:
             return _width_of_input(linear) if site.port == "input" else int(linear.weight.shape[0])
         norm = self.modules.get("norm")
         on_stream = site.key in ("embed", "norm", "norm.input") or any(module is b for b in self.blocks)
+        if self.uneven and on_stream:
+            return None
         weight = norm.get("weight") if norm is not None and on_stream else None
         return int(weight.shape[-1]) if weight is not None else None
 
@@ -389,6 +445,8 @@ class SiteMap:
         """The sentence for a key that means nothing here."""
         if key in ("embed", "norm", "embed.input", "norm.input"):
             what = "embedding" if key.startswith("embed") else "final norm"
+            if not self.checked:
+                return f"{key!r}: no {what} is found here by a name that mlxsteer knows; model.sites() lists all names."
             return f"{key!r}: the {what} of {self.model_type or 'these'} models is no module of its own."
         middle = len(self.blocks) // 2
         roles = [f"layers.{middle}.{role}" for role in (*self.roles(middle), "input")]
@@ -405,17 +463,42 @@ class SiteMap:
 
 def _blocks(model: nn.Module) -> list[Any] | tuple[Any, ...] | None:
     """The list of blocks, as mlx-lm's models show it; in others the longest list of modules of the text model."""
+    if getattr(model, "layers", None) is not None:
+        return _shown(model)
+    return max(_lists(_text(model)), key=len, default=None)
+
+
+def _shown(model: nn.Module) -> list[Any] | tuple[Any, ...] | None:
+    """The list of blocks that a model shows as `layers`; None where it shows none."""
     blocks = getattr(model, "layers", None)
-    if isinstance(blocks, (list, tuple)) or blocks is not None:
-        return blocks if isinstance(blocks, (list, tuple)) else None
+    return blocks if isinstance(blocks, (list, tuple)) else None
+
+
+def _text(model: nn.Module) -> nn.Module | None:
+    """The text model inside a model that doesn't show its blocks, however deep it lies."""
     text = next((model[name] for name in families.TEXT_MODEL if isinstance(model.get(name), nn.Module)), None)
-    lists = [
-        part
-        for module in (text.modules() if text is not None else ())
-        for part in module.values()
-        if isinstance(part, list) and part and all(isinstance(one, nn.Module) and callable(one) for one in part)
-    ]
-    return max(lists, key=len, default=None)
+    while text is not None and (name := _first(text, families.TEXT_MODEL[:2])):  # beside a vision tower of its own
+        text = text[name]
+    return text
+
+
+def _lists(part: Any) -> list[list[nn.Module]]:
+    """The lists of modules in a module, without those inside another's members: a block's experts are no blocks."""
+    if isinstance(part, list) and part and all(isinstance(one, nn.Module) and callable(one) for one in part):
+        return [part]
+    parts = part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
+    return [found for one in parts for found in _lists(one)]
+
+
+def _ways(path: str) -> list[str]:
+    """A path and all that it goes through."""
+    parts = path.split(".")
+    return [".".join(parts[: i + 1]) for i in range(len(parts))]
+
+
+def _unlike_a_port(canonical: str) -> str:
+    """A key whose last word doesn't read as a module's input, output or heads."""
+    return f"{canonical}.output" if canonical.endswith((".input", ".output", ".heads")) else canonical
 
 
 def _is_head(path: str) -> bool:

@@ -304,7 +304,7 @@ def test_a_check_finds_known_models_fine(name: str, capsys: pytest.CaptureFixtur
     report = InterpretableModel(architectures.build(name)).check()
     assert report.fine, str(report)
     assert capsys.readouterr().out == f"{report}\n"
-    assert [f.what for f in report.findings] == ["names", "firings", "shapes", "cause", "replay", "batch"]
+    assert [f.what for f in report.findings] == ["names", "firings", "shapes", "cause", "inputs", "replay", "batch"]
 
 
 class Block(nn.Module):
@@ -316,6 +316,13 @@ class Block(nn.Module):
         return self.mlp(x)
 
 
+class Placed(Block):
+    """A block that takes the positions first."""
+
+    def __call__(self, positions: mx.array, x: mx.array) -> mx.array:  # type: ignore[override]
+        return self.mlp(x + positions[..., None])
+
+
 class Unknown(nn.Module):
     """A model of an architecture that nobody knows, which is wrong in some way."""
 
@@ -323,14 +330,16 @@ class Unknown(nn.Module):
         super().__init__()
         self.how, self.model_type = how, "unknown"
         self.embed_tokens = nn.Embedding(16, 8)
-        self.layers = [Block(), Block(), Block(6 if how == "width" else 8)]
+        block = Placed if how == "positions" else Block
+        self.layers = [block(), block(), block(6 if how == "width" else 8)]
         self.norm = nn.RMSNorm(6 if how == "width" else 8)
         self._kept: list[mx.array] = []
 
     def __call__(self, ids: mx.array, cache: Any = None) -> mx.array:
         h = start = self.embed_tokens(ids)
         for block in self.layers:
-            h = block.mlp(h) if self.how == "inlined" else block(h)
+            first = [mx.arange(ids.shape[1])[None]] if self.how == "positions" else []
+            h = block.mlp(h) if self.how == "inlined" else block(*(*first, h))
             if self.how == "twice":
                 h = block(h)
         if self.how == "dropped":
@@ -346,6 +355,7 @@ class Unknown(nn.Module):
     ("twice", "firings", "run several times in a forward"),
     ("width", "shapes", "the blocks differ"),
     ("dropped", "cause", "doesn't reach the logits"),
+    ("positions", "inputs", r"layers.0.input is \(1, 4\), .* no residual stream"),
     ("state", "replay", "the logits differ by"),
 ])  # fmt: skip
 def test_a_check_says_what_is_wrong_with_an_unknown_model(how: str, what: str, says: str) -> None:
@@ -359,8 +369,104 @@ def test_a_check_says_what_is_wrong_with_an_unknown_model(how: str, what: str, s
     assert not report.fine
     wrong = next(finding for finding in report.findings if not finding.fine)
     assert wrong.what == what
-    assert says in wrong.says
+    assert re.search(says, wrong.says)
     assert tiny.classes(model) == before
+
+
+def test_blocks_of_several_widths_take_vectors_of_their_own() -> None:
+    with pytest.warns(UncheckedModel, match="the blocks differ"):
+        model = InterpretableModel(Unknown("width"))
+    for layer, width in enumerate((8, 8, 6)):
+        with model.steer({f"layers.{layer}": iv.add_vector(mx.ones(width))}):
+            model.model(mx.array([[1, 2]]))
+    with (
+        pytest.raises(ValueError, match="its vector has width 8, the activation has 6"),
+        model.steer({"layers.2": iv.add_vector(mx.ones(8))}),
+    ):
+        model.model(mx.array([[1, 2]]))
+
+
+def test_a_known_model_with_a_block_of_ones_own_is_checked() -> None:
+    model = tiny.build("llama")
+    left: list[mx.array] = []
+
+    class Leaving(type(model.layers[0])):  # type: ignore[misc]
+        """The first one leaves what it gives behind, for the last one."""
+
+        def __call__(self, *args: Any, **kwargs: Any) -> mx.array:
+            output = super().__call__(*args, **kwargs)
+            if self is model.layers[0]:
+                left.append(output)
+            return output if self is model.layers[0] or not left else output + left.pop()
+
+    for block in (model.layers[0], model.layers[3]):
+        object.__setattr__(block, "__class__", Leaving)
+    with pytest.warns(UncheckedModel, match=r"a check found replay: .* every pass runs whole"):
+        assert not InterpretableModel(model)._sites.family.replay
+
+
+def test_a_call_without_a_cache_is_told_of() -> None:
+    class Uncached(Unknown):
+        def __call__(self, ids: mx.array) -> mx.array:  # type: ignore[override]
+            return super().__call__(ids)
+
+    assert "a call without a cache" in checking.check(SiteMap(Uncached(""))).findings[-1].says
+
+
+class Text(nn.Module):
+    """A text model, one of several parts."""
+
+    def __init__(self, **parts: Any) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(16, 8)
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def __call__(self, ids: mx.array, cache: Any = None) -> mx.array:
+        h = self.embed_tokens(ids)
+        for part in self.values():
+            for block in part if isinstance(part, list) else ():
+                h = block(h)
+        return h
+
+
+class Outer(nn.Module):
+    """What wraps a text model, and shows no `layers`."""
+
+    def __init__(self, path: str, text: nn.Module, **beside: Any) -> None:
+        super().__init__()
+        first, _, rest = path.partition(".")
+        self.path = first
+        setattr(self, first, Outer(rest, text, **beside) if rest else text)
+        for name, part in (beside if not rest else {}).items():
+            setattr(self, name, part)
+
+    def __call__(self, ids: mx.array, cache: Any = None) -> mx.array:
+        return self[self.path](ids)
+
+
+class Experts(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = [nn.Linear(8, 8) for _ in range(5)]
+
+    def __call__(self, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
+        return sum((expert(x) for expert in self.experts), self.mlp(x))
+
+
+def test_blocks_are_found_beside_a_longer_vision_tower_and_around_longer_lists_of_experts() -> None:
+    tower = Text(layers=[Block() for _ in range(9)])
+    for path in ("language_model", "model.language_model"):
+        model = InterpretableModel(Outer(path, Text(blocks=[Experts(), Experts()]), vision_tower=tower))
+        assert model._sites.container == f"{path}.blocks"
+        assert [len(model.layers), *model.sites("layers.*")] == [2, "layers.0", "layers.1"]
+        assert "embed" in model.sites()
+
+
+def test_two_lists_that_may_both_be_the_blocks_are_told_of() -> None:
+    model = Outer("model", Text(encoder=[Block(), Block()], blocks=[Block(), Block()]))
+    with pytest.warns(UncheckedModel, match=r"model.encoder and model.blocks are lists of 2 modules each"):
+        InterpretableModel(model)
 
 
 def test_what_is_known_to_hold_is_not_checked_again(monkeypatch: pytest.MonkeyPatch) -> None:

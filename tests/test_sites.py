@@ -16,8 +16,9 @@ import tiny
 from mlx_lm.tuner.dora import DoRALinear
 from mlx_lm.tuner.lora import LoRALinear
 
-from mlxsteer import InterpretableModel, UnknownKey, UnsupportedModel
+from mlxsteer import InterpretableModel, NeverFired, UnknownKey, UnsupportedModel
 from mlxsteer import interventions as iv
+from mlxsteer.model_facts import model_facts
 from mlxsteer.sites import SiteMap
 
 
@@ -535,3 +536,108 @@ def test_blocks_that_are_the_top_modules_own_are_found() -> None:
     names = SiteMap(Blocks([nn.Linear(2, 2), nn.Linear(2, 2)]))
     assert names.resolve("layers.-1").module is names.model.layers[1]
     assert names.keys == ["layers.0", "layers.1", "logits"]
+
+
+def layer(model: nn.Module, ids: mx.array, key: str) -> mx.array:
+    """The logits with a one added to what a place gives."""
+    named = InterpretableModel(model)
+    with named.steer({key: iv.add_vector(mx.ones(64))}):
+        return named.model(ids)
+
+
+def by_hand(model: nn.Module, module: nn.Module, ids: mx.array) -> mx.array:
+    base = type(module)
+
+    class Changed(base):  # type: ignore[misc,valid-type]
+        def __call__(self, *args: Any, **kwargs: Any) -> mx.array:
+            return base.__call__(self, *args, **kwargs) + 1.0
+
+    object.__setattr__(module, "__class__", Changed)
+    try:
+        return model(ids)
+    finally:
+        object.__setattr__(module, "__class__", base)
+
+
+IDS = mx.array([[5, 6, 7]])
+
+
+def test_a_second_list_of_the_same_blocks_changes_no_name() -> None:
+    model, plain = tiny.build("llama"), sites("llama")
+    model.h = model.model.layers
+    model.model.again = model.model.layers[1:3]
+    named = SiteMap(model)
+    assert named.keys == plain.keys
+    assert named.container == "model.layers"
+    for key, module in {"layers.1": model.layers[1], "layers.2.mlp": model.layers[2].mlp}.items():
+        assert mx.array_equal(layer(model, IDS, key), by_hand(model, module, IDS))
+
+
+def test_a_block_that_is_listed_twice_is_one_that_runs_twice() -> None:
+    model = tiny.build("llama")
+    model.model.layers = [model.layers[0], model.layers[1], model.layers[0]]
+    named = InterpretableModel(model)
+    assert named.sites("layers.*") == ["layers.0", "layers.1"]
+    with pytest.raises(NeverFired, match="layers.0#0 or layers.0#1"):
+        layer(model, IDS, "layers.0")
+    assert not mx.array_equal(layer(model, IDS, "layers.0#1"), layer(model, IDS, "layers.0#0"))
+    model = tiny.build("llama")
+    model.layers[1].self_attn = model.layers[2].self_attn
+    with pytest.raises(UnknownKey, match="several parts of the model share this module, layers.1.self_attn"):
+        SiteMap(model).resolve("layers.1.attn")
+    assert SiteMap(model).roles(1) == ["mlp"]
+
+
+def test_a_module_that_is_called_output_is_not_taken_for_the_output_of_what_holds_it() -> None:
+    model = tiny.build("llama")
+    for block in model.layers:
+        base = type(block.mlp)
+        block.mlp.output = block.mlp.pop("down_proj")
+
+        class Named(base):  # type: ignore[misc,valid-type]
+            @property
+            def down_proj(self) -> nn.Module:
+                return self.output  # type: ignore[no-any-return]
+
+        object.__setattr__(block.mlp, "__class__", Named)
+    named = SiteMap(model)
+    assert all(named.resolve(key).key == key for key in named.keys)
+    assert "layers.1.mlp.output.output" in named.keys
+    with pytest.raises(UnknownKey, match="may mean two places here"):
+        named.resolve("layers.1.mlp.output")
+    found = layer(model, IDS, "layers.1.mlp.output.output")
+    assert mx.array_equal(found, by_hand(model, model.layers[1].mlp.output, IDS))
+    assert named.resolve("layers.1.mlp.output.input").port == "input"
+
+
+@pytest.mark.parametrize("asked", [False, True], ids=["at once", "later"])
+def test_names_follow_blocks_that_come_and_go(asked: bool) -> None:
+    model, more = tiny.build("llama"), tiny.build("llama")
+    named = InterpretableModel(model)
+    if asked:
+        named.sites()
+    for change in (lambda b: [*b, more.layers[0]], lambda b: b[:2], lambda b: b[1:], lambda b: [more.layers[1], *b]):
+        model.model.layers = change(model.model.layers)
+        count = len(model.layers)
+        assert len(named.layers) == count
+        assert named.sites("layers.*") == [f"layers.{i}" for i in range(count)]
+        assert named._sites.resolve("layers.-1").module is model.layers[-1]
+        assert f"layers.{count - 1}.mlp" in named.sites()
+        with pytest.raises(UnknownKey, match=f"this model has {count} layers"):
+            named._sites.resolve(f"layers.{count}")
+
+
+def test_what_is_shown_of_a_model_follows_its_quantization() -> None:
+    model = tiny.build("llama")
+    named = InterpretableModel(model)
+    assert "float32" in next(row.weight for row in model_facts(named).keys if row.key == "embed")
+    nn.quantize(model, group_size=32, bits=4)
+    assert "4-bit" in next(row.weight for row in model_facts(named).keys if row.key == "embed")
+
+
+def test_a_model_may_have_no_type() -> None:
+    model = tiny.build("llama")
+    model.model_type = None
+    named = InterpretableModel(model)
+    assert (named.name, named.identity["model"]) == ("Model", "Model")
+    assert "Model, 4 layers" in repr(named)
