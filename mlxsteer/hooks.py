@@ -70,6 +70,7 @@ def surrounding(model: nn.Module) -> list[Plan]:
 
 _lock = threading.RLock()
 _owners: dict[int, set[int]] = {}
+_edited: dict[int, weakref.ref[nn.Module]] = {}  # id of a module with an edit that is part of a model → that model
 _numbers = itertools.count()
 
 
@@ -209,6 +210,8 @@ def settle(plan: Plan) -> None:
     _begin([plan], new_owner())
     # past nn.Module's own __setattr__, which would enter a list among the parameters
     object.__setattr__(root, _RESIDENT, (*residents(root), plan))
+    with _lock:
+        _edited.update((id(module), weakref.ref(root)) for module in plan.modules)
     weakref.finalize(root, _forget, [id(module) for module in plan.modules])
 
 
@@ -216,6 +219,7 @@ def _forget(ids: list[int]) -> None:
     with _lock:
         for number in ids:
             _owners.pop(number, None)
+            _edited.pop(number, None)
 
 
 @functools.cache
@@ -258,9 +262,10 @@ def _refuse_alone(module: nn.Module) -> None:
     """Refuse to run a steered module by itself: nobody knows which tokens it sees.
 
     Raises:
-        RuntimeError: an active steering would act in this module.
+        RuntimeError: an active steering would act in this module, or an edit of the model that it is part of.
     """
-    for plan in (*_enabled.plans, *_stack.get()):
+    root = edited() if (edited := _edited.get(id(module))) is not None else None
+    for plan in (*(residents(root) if root is not None else ()), *_enabled.plans, *_stack.get()):
         hook = plan.hooks.get(id(module)) if plan.owners else None
         if hook is not None and (hook.input_edits or hook.output_edits):
             raise RuntimeError(

@@ -330,6 +330,15 @@ def _read(model: InterpretableModel, key: str) -> mx.array:
         return trace.activations[key].save()
 
 
+def test_a_part_of_an_edited_model_is_not_run_by_itself(model: InterpretableModel) -> None:
+    """Its edit would be lost: nobody would know which tokens it sees."""
+    edited = model.edit({"layers.1": iv.scale(2.0)})
+    with pytest.raises(RuntimeError, match="layers.1 is steered and was called by itself"):
+        edited.model.model(mx.array([[5, 6]]))
+    model.model.model(mx.array([[5, 6]]))
+    edited.model(mx.array([[5, 6]]))
+
+
 def test_edits_nest(model: InterpretableModel) -> None:
     first = {"layers.1": iv.add_vector(mx.ones((64,)))}
     second = {"layers.1": iv.scale(2.0), "layers.3": iv.scale(0.5)}
