@@ -111,6 +111,8 @@ def check_unknown(sites: SiteMap, stacklevel: int) -> None:
     if not wrong:
         return
     said = "; ".join(f"{finding.what}: {finding.says}" for finding in wrong)
+    if any(finding.what == "firings" for finding in wrong):
+        sites.regular = False
     if any(finding.what == "shapes" for finding in wrong):
         sites.uneven = True
     if any(finding.what == "replay" for finding in wrong):

@@ -120,6 +120,8 @@ class SiteMap:
         if self.family.refusal:
             name = self.model_type or type(model).__name__
             raise UnsupportedModel(f"{name} models can't be steered: {self.family.refusal}.")
+        self.regular = True
+        """Whether every block runs once in a forward, for all that is known: a check may have found that not so."""
         self.read()
 
     def read(self) -> None:

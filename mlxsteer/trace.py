@@ -237,7 +237,9 @@ class Trace(Displayed):
         self._tokens = Tokens([0] * len(prompts), self.lengths, width, known)
         self._edits = steering.edits if steering is not None else ()
         self._outer: list[tuple[Plan, Plan]] = []  # plans around the trace, and what they were when it began
-        self._blocks = [sites.resolve(f"layers.{i}") for i in range(len(sites.blocks))]
+        self._count = len(sites.blocks)
+        # where a block runs never or several times, none is replayed and each forward runs whole
+        self._blocks = [sites.resolve(f"layers.{i}") for i in range(self._count)] if sites.regular else []
         self._logits = sites.resolve("logits")
         self._whole: dict[Site, Any] = {}  # site → what its module gave, for blocks, logits and places read
         self._handles: dict[Site, Activation] = {}
@@ -283,7 +285,7 @@ class Trace(Displayed):
                 "through the activation, model.layers[5].output[:, -1] += v, or make a value of your own: h = h + v."
             )
         if error is None and self._watchers:  # a recording around the trace sees the forward as it is in the end
-            plan = self._plan([], 0, len(self._blocks), replay=False)
+            plan = self._plan([], 0, self._count, replay=False)
             self._run(plan, self._watchers)
 
     # -- reading ---------------------------------------------------------------------------------------------------
@@ -423,7 +425,7 @@ class Trace(Displayed):
         if site.layer is not None:
             return site.layer
         if site == self._logits or site.key.startswith("norm"):
-            return len(self._blocks)
+            return self._count
         segments = self.sites.segments
         if site.key not in segments:
             plan = self._dry([*self._blocks, site])
@@ -435,7 +437,7 @@ class Trace(Displayed):
     def _before(self, first: Site, second: Site) -> bool:
         """Whether one place lies before another in the forward."""
         a, b = self._segment(first), self._segment(second)
-        if a != b:
+        if a != b and self.sites.regular:
             return a < b
         order = list(self._dry([first, second]).captured)
         return order.index(first) < order.index(second)
@@ -460,7 +462,7 @@ class Trace(Displayed):
         early = end < len(self._blocks) - 1 and self.sites.family.replay and not (self._edits or self._outer)
         early = early and not residents(self.sites.model)
         wanted = [*self._blocks[start : end + 1 if early else None], *capture, *([] if early else [self._logits])]
-        plan = self._plan(list(dict.fromkeys(wanted)), start, end if early else len(self._blocks))
+        plan = self._plan(list(dict.fromkeys(wanted)), start, end if early else self._count)
         plan.stop = self._blocks[end] if early else None
         self._run(plan)
         # Where something downstream was handed out already, it may have been computed: the staged values behind it
@@ -472,7 +474,7 @@ class Trace(Displayed):
 
     def _plan(self, capture: Sequence[Site], start: int, end: int, *, replay: bool = True) -> Plan:
         """A plan that runs the blocks from `start` to `end`, replaying those before, with every edit in force."""
-        replayable = replay and self.sites.family.replay
+        replayable = replay and self.sites.family.replay and self.sites.regular
         given = {block: self._whole[block] for block in self._blocks[:start]} if replayable else {}
         edited = [site for site in self._pins if (site != self._logits or not replay) and self._segment(site) <= end]
         ahead = [site for site in edited if not given or self._segment(site) >= start]
@@ -484,7 +486,7 @@ class Trace(Displayed):
         edits = [
             (site, intervention)
             for site, intervention in self._edits
-            if site not in given and (site.layer is None or self._blocks[site.layer] not in given)
+            if site not in given and (site.layer is None or not given or self._blocks[site.layer] not in given)
         ]
         return Plan(self.sites, capture, [*edits, *pins], given, self._tokens)
 

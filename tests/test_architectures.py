@@ -337,7 +337,7 @@ class Unknown(nn.Module):
 
     def __call__(self, ids: mx.array, cache: Any = None) -> mx.array:
         h = start = self.embed_tokens(ids)
-        for block in self.layers:
+        for block in self.layers[:: 2 if self.how == "skips" else 1]:
             first = [mx.arange(ids.shape[1])[None]] if self.how == "positions" else []
             h = block.mlp(h) if self.how == "inlined" else block(*(*first, h))
             if self.how == "twice":
@@ -411,6 +411,26 @@ def test_a_call_without_a_cache_is_told_of() -> None:
             return super().__call__(ids)
 
     assert "a call without a cache" in checking.check(SiteMap(Uncached(""))).findings[-1].says
+
+
+@pytest.mark.parametrize(("how", "key"), [("twice", "layers.1#1"), ("twice", "layers.2#0"), ("skips", "layers.2")])
+def test_a_trace_runs_where_blocks_run_never_or_several_times(how: str, key: str) -> None:
+    with pytest.warns(UncheckedModel, match="firings"):
+        model = InterpretableModel(Unknown(how))
+    ids, vector = [1, 2, 3], mx.arange(8) / 8
+    with model.steer({key: iv.add_vector(vector)}):
+        steered = model.model(mx.array([ids]))
+    assert not mx.array_equal(steered, model.model(mx.array([ids])))
+    with model.trace(ids, {key: iv.add_vector(vector)}) as trace:
+        given = trace.activations[key]
+        assert mx.array_equal(model.output, steered)
+    with model.trace(ids) as trace:
+        plain = model.output
+        there = trace.activations[key]
+        there[...] = there + vector
+        assert mx.array_equal(trace.activations[key], given)
+        assert mx.array_equal(model.output, steered)
+        assert mx.array_equal(plain, model.model(mx.array([ids])))
 
 
 class Text(nn.Module):
