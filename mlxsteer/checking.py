@@ -11,6 +11,7 @@ import warnings
 from dataclasses import dataclass, replace
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlxsteer.forks import forkable
@@ -264,11 +265,8 @@ def _replay(forwards: _Forwards) -> Finding:
 
 
 def _batch(sites: SiteMap) -> Finding:
-    taken = inspect.signature(type(sites.model).__call__).parameters.values()
-    if not any(one.name == "cache" or one.kind is one.VAR_KEYWORD for one in taken):
-        return Finding("batch", True, "a call without a cache, which mlx-lm's generators need: trace and steer work")
-    if not hasattr(sites.model, "layers"):
-        return Finding("batch", True, "no model.layers, which mlx-lm's generators need: trace, record and steer work")
+    if lack := no_generator(sites.model):
+        return Finding("batch", True, lack)
     cache = make_prompt_cache(sites.model)
     if not sites.family.batch:
         return Finding("batch", True, "rows of mlx-lm's batches differ from rows alone: they run one at a time")
@@ -276,6 +274,16 @@ def _batch(sites: SiteMap) -> Finding:
         return Finding("batch", True, f"a {type(cache[0]).__name__} has no batches: rows run one at a time")
     forks = "" if forkable(cache) else ", and nothing shares a cache"
     return Finding("batch", True, f"rows run together{forks}")
+
+
+def no_generator(model: nn.Module) -> str:
+    """Why mlx-lm's generators can't run a model, which need a cache and a call that takes it; empty where they can."""
+    taken = inspect.signature(type(model).__call__).parameters.values()
+    if not any(one.name == "cache" or one.kind is one.VAR_KEYWORD for one in taken):
+        return "a call without cache=, which mlx-lm's generators need: trace, record and steer work"
+    if not hasattr(model, "layers") and not hasattr(model, "make_cache"):
+        return "no model.layers, which mlx-lm's generators need: trace, record and steer work"
+    return ""
 
 
 def _some(keys: list[str]) -> str:

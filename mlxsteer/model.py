@@ -33,7 +33,7 @@ from mlxsteer.model_facts import model_facts
 from mlxsteer.places import Places, Writing
 from mlxsteer.plans import NeverFired, Plan
 from mlxsteer.positions import is_whole
-from mlxsteer.sites import SiteMap
+from mlxsteer.sites import SiteMap, UnsupportedModel
 from mlxsteer.steering import Steering
 from mlxsteer.told import ToldPrompts
 from mlxsteer.trace import Recording, Trace, innermost
@@ -238,6 +238,10 @@ class InterpretableModel(Displayed):
         if self.tokenizer is None:
             raise ValueError(f"{what} needs a tokenizer, and this model was given without one; give token ids instead.")
         return self.tokenizer
+
+    def _check_generator(self) -> None:
+        if lack := checking.no_generator(self.model):
+            raise UnsupportedModel(f"{self.name} can't generate: it has {lack}.")
 
     def _check_length(self, count: int) -> None:
         args = getattr(self.model, "args", None)
@@ -521,10 +525,12 @@ class InterpretableModel(Displayed):
             SteeredCacheError: the prompt cache was filled under another steering.
             PositionError: a position means nothing for the prompt, or lies wholly in what a clean cache holds already.
             ValueError: the prompt is no prompt, or leaves no learned position to generate at; or an option doesn't fit.
+            UnsupportedModel: the model takes no cache, or has none that mlx-lm can make.
             TypeError: there is no such option, with the nearest there is; or it is of a wrong kind.
             NeverFired: a place's module never ran.
         """
         tokenizer = self._needed_tokenizer("generation")
+        self._check_generator()
         prompts, many = self._encode_many(prompt)
         options = checked_options(options, batch=many)
         options |= {"max_tokens": limits_of(max_tokens, len(prompts) if many else None)}
@@ -557,6 +563,7 @@ class InterpretableModel(Displayed):
             An iterator over mlx-lm's `GenerationResponse` (`text`, `token`, `logprobs`, …).
         """
         tokenizer = self._needed_tokenizer("generation")
+        self._check_generator()
         prompts, many = self._encode_many(prompt)
         if many:
             raise ValueError("stream takes one prompt; generate([...]) runs several as a batch.")

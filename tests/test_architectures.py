@@ -405,12 +405,19 @@ def test_a_known_model_with_a_block_of_ones_own_is_checked() -> None:
         assert not InterpretableModel(model)._sites.family.replay
 
 
-def test_a_call_without_a_cache_is_told_of() -> None:
+def test_a_model_that_mlx_lm_can_not_generate_with_says_so(tokenizer: TokenizerWrapper) -> None:
     class Uncached(Unknown):
         def __call__(self, ids: mx.array) -> mx.array:  # type: ignore[override]
             return super().__call__(ids)
 
-    assert "a call without a cache" in checking.check(SiteMap(Uncached(""))).findings[-1].says
+    shown = Outer("language_model", Text(blocks=[Block(), Block()]))
+    for model, says in ((Uncached(""), "a call without cache="), (shown, "no model.layers")):
+        assert says in checking.check(SiteMap(model)).findings[-1].says
+        named = InterpretableModel(model, tokenizer)
+        runs: list[Any] = [lambda m: m.generate([1, 2]), lambda m: m.generate([[1, 2], [3]]), lambda m: m.stream([1])]
+        for run in runs:
+            with pytest.raises(UnsupportedModel, match=f"can't generate: it has {says}, which mlx-lm's generators"):
+                run(named)
 
 
 @pytest.mark.parametrize(("how", "key"), [("twice", "layers.1#1"), ("twice", "layers.2#0"), ("skips", "layers.2")])
