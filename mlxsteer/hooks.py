@@ -21,6 +21,7 @@ from typing import Any, TypeAlias
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.models.cache import _BaseCache
 
 from mlxsteer.banks import Bank, banked
 from mlxsteer.interventions.base import Intervention, Where, settled
@@ -215,6 +216,12 @@ def settle(plan: Plan) -> None:
     weakref.finalize(root, _forget, [id(module) for module in plan.modules])
 
 
+def whole_of(part: nn.Module) -> nn.Module | None:
+    """The edited model that a module is a part of; None where it is no part of one, or is one itself."""
+    held = (_edited[id(module)]() for module in part.modules() if id(module) in _edited)
+    return next((root for root in held if root is not None and root is not part), None)
+
+
 def _forget(ids: list[int]) -> None:
     with _lock:
         for number in ids:
@@ -295,6 +302,10 @@ def _argument(base: type, args: tuple[Any, ...], kwargs: dict[str, Any], index: 
     return kwargs.get(names[index]) if index < len(names) else None
 
 
+def _is_cache(given: Any) -> bool:
+    return isinstance(given, (list, tuple)) and any(isinstance(entry, _BaseCache) for entry in given)
+
+
 # -- activations in what modules take and give -----------------------------------------------------------------------
 
 
@@ -362,6 +373,8 @@ class Forward:
         if inputs is None:
             inputs = _argument(base, args, kwargs, 0)
         cache = _argument(base, args, kwargs, 0, "cache")
+        if cache is None:  # a model of one's own may call it otherwise, or hand it on without a name
+            cache = next((given for given in (*args, *kwargs.values()) if _is_cache(given)), None)
         count, width = inputs.shape[:2]
         for plan in self.plans:
             plan.captured.clear()

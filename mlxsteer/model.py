@@ -26,7 +26,7 @@ from mlxsteer import checking, generation, pocket
 from mlxsteer.checking import Report
 from mlxsteer.display import Displayed, Shown
 from mlxsteer.generation_options import checked_options, limits_of, sampler_of
-from mlxsteer.hooks import attached, copying, disable, enable, new_owner, residents, settle
+from mlxsteer.hooks import attached, copying, disable, enable, new_owner, residents, settle, whole_of
 from mlxsteer.interventions.base import whole
 from mlxsteer.interventions.routes import route
 from mlxsteer.model_facts import model_facts
@@ -105,6 +105,11 @@ class InterpretableModel(Displayed):
         else:
             raise TypeError(
                 f"a model is a Hugging Face name, a folder, 'pocket' or an nn.Module, not {type(model).__name__}."
+            )
+        if whole_of(self.model) is not None:
+            raise UnsupportedModel(
+                f"this {type(self.model).__name__} is a part of an edited model, and its edits are none of its own: "
+                "wrap the part of the original, or steer the edited model."
             )
         encode = self.tokenizer.encode if self.tokenizer is not None else None
         self._sites = SiteMap(self.model, functools.partial(encode, add_special_tokens=False) if encode else None)

@@ -67,6 +67,29 @@ def test_a_loop_of_ones_own_is_steered_as_the_prompt_that_it_tells(
     assert mx.abs(mx.concatenate(found) - whole(model, add(at))).max().item() <= 1e-4
 
 
+@pytest.mark.parametrize("how", ["otherwise", "unnamed"])
+def test_a_cache_that_a_model_calls_otherwise_is_known_for_one(how: str) -> None:
+    plain = InterpretableModel(tiny.build("llama"))
+    module = tiny.build("llama")
+    base = type(module)
+
+    class Otherwise(base):  # type: ignore[misc,valid-type]
+        def __call__(self, ids: mx.array, past: Any = None) -> mx.array:
+            return base.__call__(self, ids, cache=past)
+
+    class Unnamed(base):  # type: ignore[misc,valid-type]
+        def __call__(self, *args: Any, **kwargs: Any) -> mx.array:
+            return base.__call__(self, *args, **kwargs)
+
+    object.__setattr__(module, "__class__", Otherwise if how == "otherwise" else Unnamed)
+    model = InterpretableModel(module)
+    mine, own = make_prompt_cache(module), make_prompt_cache(plain.model)
+    with model.steer(add("first")), plain.steer(add("first")):
+        for ids in (PROMPT, *([token] for token in MADE)):
+            found = module(mx.array([ids]), past=mine) if how == "otherwise" else module(mx.array([ids]), mine)
+            assert mx.array_equal(found, plain.model(mx.array([ids]), cache=own))
+
+
 @pytest.mark.parametrize("at", ["generated", "prompt", "last", slice(1, -1)], ids=str)
 def test_where_its_prompt_ends_is_not_guessed(model: InterpretableModel, at: Any) -> None:
     cache = make_prompt_cache(model.model)

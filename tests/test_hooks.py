@@ -15,7 +15,7 @@ import pytest
 import tiny
 from mlx.utils import tree_flatten
 
-from mlxsteer import InterpretableModel, NeverFired
+from mlxsteer import InterpretableModel, NeverFired, UnsupportedModel
 from mlxsteer import interventions as iv
 
 PROMPT = [7, 31, 52, 18, 77]
@@ -335,6 +335,9 @@ def test_a_part_of_an_edited_model_is_not_run_by_itself(model: InterpretableMode
     edited = model.edit({"layers.1": iv.scale(2.0)})
     with pytest.raises(RuntimeError, match="layers.1 is steered and was called by itself"):
         edited.model.model(mx.array([[5, 6]]))
+    with pytest.raises(UnsupportedModel, match="is a part of an edited model"):
+        InterpretableModel(edited.model.model)
+    InterpretableModel(model.model.model)
     model.model.model(mx.array([[5, 6]]))
     edited.model(mx.array([[5, 6]]))
 
