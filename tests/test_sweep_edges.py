@@ -172,7 +172,7 @@ def test_a_sweep_over_pairs_of_the_vector_itself_says_so(llama: InterpretableMod
     assert sweep(llama, vector, pairs[2:], layers=[1], strengths=[1], progress=None).warnings == []
     unknown = replace(vector, info={})
     assert sweep(llama, unknown, PAIRS, layers=[1], strengths=[1], progress=None).warnings == []
-    assert sweep(llama, vector, ["to see"], metric=[" the"], layers=[1], strengths=[1], progress=None).warnings == []
+    assert sweep(llama, vector, ["to see"], metric=["e"], layers=[1], strengths=[1], progress=None).warnings == []
 
 
 def test_a_sweep_is_drawn_with_intervals_of_the_layers_that_reach_furthest() -> None:
