@@ -168,6 +168,8 @@ class Intervention:
         def short(value: Any) -> str:
             if isinstance(value, mx.array):
                 return f"<{'×'.join(map(str, value.shape))}>" if value.ndim else f"{value.item():g}"
+            if isinstance(value, float):
+                return repr(float(f"{value:.6g}"))
             return repr(value.written() if isinstance(value, Position) else value)
 
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.init and f.name not in _COMMON}
