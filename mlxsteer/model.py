@@ -142,7 +142,8 @@ class InterpretableModel(Displayed):
     def identity(self) -> dict[str, Any]:
         """What a vector's file says of the model it was computed on: name, architecture and quantization."""
         formats = {
-            f"{module.bits}-bit, group {module.group_size}"
+            f"{module.bits}-bit{'' if (mode := getattr(module, 'mode', 'affine')) == 'affine' else f' {mode}'}, "
+            f"group {module.group_size}"
             for module in self.model.modules()
             if getattr(module, "bits", None) is not None
         }

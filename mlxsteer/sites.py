@@ -131,6 +131,11 @@ class SiteMap:
         for path, module in model.named_modules():
             paths.setdefault(id(module), []).append(path)
         blocks = _blocks(model)
+        if blocks is None and (shown := getattr(model, "layers", None)) is not None:
+            raise UnsupportedModel(
+                f"{type(model).__name__}.layers is a {type(shown).__name__}, and no list of blocks: give the class a "
+                "property `layers` that returns them as a list, in the order in which they run."
+            )
         if not blocks or not all(id(b) in paths for b in blocks):
             raise UnsupportedModel(
                 f"{type(model).__name__} has no list of blocks: mlxsteer needs a text decoder as mlx-lm builds it, "

@@ -220,6 +220,8 @@ def test_an_addition_on_quantized_weights_is_one_by_hand(name: str, mode: str, g
     nn.quantize(model, group_size=group, bits=bits, mode=mode, class_predicate=tiny._can_quantize)
     projection = model.layers[0].self_attn.o_proj
     assert (projection.bits, projection.mode) == (bits, mode)
+    named = f"{bits}-bit" if mode == "affine" else f"{bits}-bit {mode}"
+    assert InterpretableModel(model).identity["quantization"] == f"{named}, group {group}"
     addition(model)
 
 

@@ -514,13 +514,21 @@ class Blocks(nn.Module):
 
 @pytest.mark.parametrize(
     "model",
-    [nn.Linear(2, 2), Blocks([]), Blocks(nn.Linear(2, 2)), Blocks(3)],
-    ids=["no layers", "empty", "one module", "number"],
+    [nn.Linear(2, 2), Blocks([])],
+    ids=["no layers", "empty"],
 )
 def test_a_model_without_a_list_of_blocks_is_refused(model: nn.Module) -> None:
     for make in (SiteMap, InterpretableModel):
         with pytest.raises(UnsupportedModel, match=r"has no list of blocks: mlxsteer needs a text decoder"):
             make(model)
+
+
+@pytest.mark.parametrize(
+    "layers", [nn.Sequential(nn.Linear(2, 2)), nn.Linear(2, 2), 3, {"0": nn.Linear(2, 2)}], ids=str
+)
+def test_blocks_that_are_no_list_are_told_from_none(layers: Any) -> None:
+    with pytest.raises(UnsupportedModel, match=rf"Blocks.layers is a {type(layers).__name__}, and no list of blocks"):
+        InterpretableModel(Blocks(layers))
 
 
 @pytest.mark.parametrize(
