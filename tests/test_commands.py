@@ -109,6 +109,11 @@ def test_select_saves_a_steering_that_generate_and_evaluate_take(
     code, told, _ = run("evaluate", "--steer", out, "--pairs", few, "--nulls", "0", "--json")
     found = evaluate(pocket, steer, datasets.read(few), nulls=0, progress=None)
     assert json.loads(told)["shift"]["value"] == pytest.approx(found.shift.value, abs=1e-4)
+    told = json.loads(run("evaluate", "--steer", out, "--pairs", few, "--nulls", "2", "--strength", "2", "--json")[1])
+    assert len(told["nulls"]) == 2
+    twice = {key: one | one for key, one in steer.items()}
+    doubled = evaluate(pocket, twice, datasets.read(few), nulls=0, progress=None)
+    assert told["shift"]["value"] == pytest.approx(doubled.shift.value, abs=1e-3)
 
 
 def test_layers_go_by_either_name(run: Run, few: Path, saved: Path, tmp_path: Path) -> None:

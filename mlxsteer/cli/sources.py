@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -19,8 +19,9 @@ from mlxsteer.extraction import extract
 from mlxsteer.interventions.base import Compose, Intervention
 from mlxsteer.interventions.files import FORMAT
 from mlxsteer.interventions.gates import When
+from mlxsteer.interventions.operators import AddVector
 from mlxsteer.model import InterpretableModel
-from mlxsteer.pairs import PairSet, in_split, nearest
+from mlxsteer.pairs import PAIR_HASHES, PairSet, in_split, nearest
 from mlxsteer.positions import NAMES, At
 from mlxsteer.recommended import recommended
 from mlxsteer.refusal import RefusalDirection
@@ -84,6 +85,15 @@ def _each(one: Intervention, by: float = 1.0, gate: str = "") -> Iterator[tuple[
         yield one, by, gate
 
 
+def _times(one: Intervention, by: float) -> Intervention:
+    """One so many times as strong; an addition stays one, which `evaluate` draws random vectors for."""
+    if not isinstance(one, AddVector) or not isinstance(one.strength, float):
+        return Compose((one,), by)
+    scaled = replace(one, strength=one.strength * by)
+    scaled._cache[PAIR_HASHES] = one._cache.get(PAIR_HASHES)  # what it was computed from stays known
+    return scaled
+
+
 def position(text: str) -> At:
     """A position as it is typed: a name, indices such as ``-1`` or ``0,1``, or a slice such as ``2:5``.
 
@@ -135,7 +145,7 @@ class Named:
             return self.source.at(self.layers, self.strength, self.at, unit=self.unit)
         if self.strength == 1:  # as they are, so that whoever asks what is done sees it, and not a composition of one
             return dict(self.source)
-        return {key: Compose((one,), self.strength) for key, one in self.source.items()}
+        return {key: _times(one, self.strength) for key, one in self.source.items()}
 
     def acts(self) -> Iterator[tuple[str, str, float, str]]:
         """Key, kind and strength of everything in it, and its tokens in words."""
