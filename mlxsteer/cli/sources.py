@@ -16,7 +16,7 @@ import mlx.core as mx
 from mlxsteer import datasets
 from mlxsteer import interventions as iv
 from mlxsteer.extraction import extract
-from mlxsteer.interventions.base import Compose, Intervention
+from mlxsteer.interventions.base import Compose, Intervention, as_intervention
 from mlxsteer.interventions.files import FORMAT
 from mlxsteer.interventions.gates import When
 from mlxsteer.interventions.operators import AddVector
@@ -144,7 +144,7 @@ class Named:
         if isinstance(self.source, SteeringVector):
             return self.source.at(self.layers, self.strength, self.at, unit=self.unit)
         if self.strength == 1:  # as they are, so that whoever asks what is done sees it, and not a composition of one
-            return dict(self.source)
+            return {key: as_intervention(one) for key, one in self.source.items()}
         return {key: _times(one, self.strength) for key, one in self.source.items()}
 
     def acts(self) -> Iterator[tuple[str, str, float, str]]:
