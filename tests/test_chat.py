@@ -620,3 +620,20 @@ def test_datasets_come_second_to_files(tmp_path: Path, vector: SteeringVector, m
     vector.save("sentiment/vector.safetensors")
     assert isinstance(opened("sentiment", "pocket"), SteeringVector)
     assert "sentiment" in datasets.available()
+
+
+def test_a_message_that_is_too_long_is_noted_before_its_answer(
+    chat: Chat, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("word " * 600 + "\n"))
+    both = Console(file=io.StringIO(), width=120)
+    talk(chat, both, both)
+    told = both.file.getvalue()  # type: ignore[attr-defined]
+    assert told.startswith("note: the prompt has ")
+    assert told.count("what follows may be nonsense") == 1
+    monkeypatch.setattr(sys, "argv", ["mlxsteer", "generate", "word " * 600, "--max-tokens", "1", "--chat"])
+    with pytest.raises(SystemExit):
+        main()
+    aside = capfd.readouterr().err
+    assert aside.startswith("note: the prompt has ")
+    assert "Token indices" not in aside

@@ -17,7 +17,7 @@ from mlxsteer.cli.contents import inspect
 from mlxsteer.cli.contrast_sets import datasets
 from mlxsteer.cli.demo import demo
 from mlxsteer.cli.generate import generate
-from mlxsteer.cli.screen import sentence
+from mlxsteer.cli.screen import hush, sentence
 from mlxsteer.cli.take_away import bake, export
 from mlxsteer.cli.workflow import evaluate, extract, select, sweep
 
@@ -66,6 +66,7 @@ def main() -> None:
 
     A polite kill (SIGTERM) ends it like an exit from within: what is half written is cleaned up.
     """
+    hush()
     try:
         with _ended_politely():
             app()

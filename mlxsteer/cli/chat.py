@@ -331,8 +331,9 @@ def _reply(chat: Chat, text: str, screen: Console, aside: Console) -> None:
 
 def _one_line(chat: Chat, line: str, screen: Console, aside: Console) -> None:
     try:
-        with remarks(aside):
-            if not line.startswith("/") or line.startswith("//"):
+        talks = not line.startswith("/") or line.startswith("//")
+        with remarks(aside, at_once=talks):
+            if talks:
                 return _reply(chat, line.removeprefix("/"), screen, aside)
             with aside.status("answering twice") if line.startswith("/compare") else nullcontext():
                 shown = chat.command(line)

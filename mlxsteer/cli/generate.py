@@ -69,7 +69,8 @@ def generate(
             if not as_json:
                 aside.print(literal(f"steered: {named[-1]}", "dim"), soft_wrap=True)
         steering = together(loaded, named)
-        options: dict[str, Any] = {"max_tokens": max_tokens, "temp": temp, "top_p": top_p, "seed": seed}
+    options: dict[str, Any] = {"max_tokens": max_tokens, "temp": temp, "top_p": top_p, "seed": seed}
+    with remarks(aside, at_once=True):  # a prompt that is too long takes its time
         texts = {"steered" if steering else "plain": loaded.generate(asked, steering or None, **options)}
         if compare and steering:
             texts["plain"] = loaded.generate(asked, **options)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -25,16 +27,31 @@ def sentence(error: Exception) -> str:
 
 
 @contextmanager
-def remarks(aside: Console) -> Iterator[None]:
-    """Say warnings as sentences, once each."""
-    with warnings.catch_warnings(record=True) as heard:
+def remarks(aside: Console, at_once: bool = False) -> Iterator[None]:
+    """Say warnings as sentences, once each: when they come, or at the end, where they don't break into a bar."""
+    heard: dict[str, None] = {}
+
+    def hear(message: Warning | str, *_: Any, **__: Any) -> None:
+        said = " ".join(str(message).split())
+        if at_once and said not in heard:
+            aside.print(literal(f"note: {said}", "yellow"), soft_wrap=True)
+        heard[said] = None
+
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = hear
         try:
             yield
         finally:
-            for said in dict.fromkeys(" ".join(str(warning.message).split()) for warning in heard):
+            for said in () if at_once else heard:
                 aside.print(literal(f"note: {said}", "yellow"), soft_wrap=True)
+
+
+def hush() -> None:
+    """Keep other packages' logs off the screen: what they warn of, a prompt's length and the network, is said here."""
+    for name in ("transformers.tokenization_utils_base", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 @contextmanager
