@@ -183,6 +183,7 @@ def test_datasets_are_listed_shown_and_checked(run: Run, few: Path) -> None:
         ("sweep --vector SAVED --pairs FEW --strengths a,b", "--strengths a,b: numbers"),
         ("sweep --vector SAVED --pairs FEW --unit norm", "there are raw and residual"),
         ("sweep --vector SAVED --pairs FEW --plot x.bmp", "name a .png, .pdf, .svg file"),
+        ("sweep --vector SAVED --pairs FEW --split chose", "--split chose: one of train, choose, report. Nearest: choose"),
         ("sweep --vector SAVED --pairs FEW --at middle", "a position is a name"),
         ("select --pairs FEW --out x.txt", "--out x.txt: name a .safetensors file"),
         ("evaluate --steer sentiment --pairs FEW", "a contrast set; extract a vector"),

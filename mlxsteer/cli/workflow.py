@@ -40,7 +40,7 @@ from mlxsteer.evaluation import Evaluation
 from mlxsteer.evaluation import evaluate as evaluated
 from mlxsteer.extraction import extract as extracted
 from mlxsteer.model import InterpretableModel
-from mlxsteer.pairs import PairSet, in_split, nearest
+from mlxsteer.pairs import SPLITS, PairSet, hint, in_split, nearest
 from mlxsteer.selection import select as selected
 from mlxsteer.sweep import Sweep
 from mlxsteer.sweep import sweep as swept
@@ -111,6 +111,8 @@ def sweep(
 ) -> None:
     """Steer at each layer with each strength, and measure how far it moves held-out pairs."""
     measure = unit_of(unit)
+    if split not in SPLITS:
+        raise ValueError(f"--split {split}: one of {', '.join(SPLITS)}.{hint(split, SPLITS)}")
     if out is not None:
         target(out, ".json", "--out")
     drawn, which, how, where = picture(plot), layers_of(layers), numbers_of(strengths, "--strengths"), position(at)
