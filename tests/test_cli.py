@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -98,6 +99,15 @@ def test_ctrl_c_is_exit_code_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     monkeypatch.setattr("mlxsteer.datasets.load", interrupted)
     assert run("demo", monkeypatch=monkeypatch) == 130
     assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_an_output_that_is_full_is_called_so() -> None:
+    for arguments in (["datasets"], ["datasets", "--json"]):
+        with open("/dev/full", "w") as full:
+            command = [sys.executable, "-m", "mlxsteer", *arguments]
+            ran = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+        assert (ran.returncode, ran.stderr) == (1, "error: can't write the output: No space left on device.\n")
 
 
 def test_a_sweep_is_the_plain_loop(pocket: InterpretableModel) -> None:

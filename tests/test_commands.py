@@ -14,7 +14,18 @@ import mlx_lm
 import numpy as np
 import pytest
 
-from mlxsteer import InterpretableModel, SteeringVector, bake, datasets, evaluate, extract, recommended, select, sweep
+from mlxsteer import (
+    InterpretableModel,
+    SteeringVector,
+    Sweep,
+    bake,
+    datasets,
+    evaluate,
+    extract,
+    recommended,
+    select,
+    sweep,
+)
 from mlxsteer import interventions as iv
 from mlxsteer.cli import main
 
@@ -72,7 +83,7 @@ def test_extract_saves_what_python_extracts(run: Run, few: Path, pocket: Interpr
 
 
 def test_sweep_prints_and_writes_what_python_sweeps(
-    run: Run, few: Path, saved: Path, pocket: InterpretableModel, tmp_path: Path
+    run: Run, few: Path, saved: Path, pocket: InterpretableModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, plot = tmp_path / "sweep.json", tmp_path / "sweep.png"
     asked = ("sweep", "--vector", saved, "--pairs", few, "--layers", "3,5", "--strengths", "-1,0,2", "--limit", "4")
@@ -83,9 +94,22 @@ def test_sweep_prints_and_writes_what_python_sweeps(
     for text in (told, out.read_text(encoding="utf-8")):
         np.testing.assert_allclose(json.loads(text)["effect"], found.effect, atol=1e-4)
     assert plot.read_bytes().startswith(b"\x89PNG")
-    code, told, _ = run(*asked, "--unit", "raw")
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    code, told, _ = run(*asked, "--unit", "raw", "--out", out)
     assert code == 0
     assert "strength" in told
+    assert told.splitlines()[-1] == f"Saved: {out}"
+    monkeypatch.setattr(Sweep, "plot", full)
+    code, told, aside = run(*asked, "--plot", plot)
+    assert code == 1
+    assert "strength" in told  # what was found isn't lost
+    assert aside == f"error: can't write {plot}: No space left on device.\n"
+    monkeypatch.setattr(SteeringVector, "save", full)
+    code, _, aside = run("export", "--steer", saved, "--to", tmp_path / "x.gguf")
+    assert aside == f"error: can't write {tmp_path / 'x.gguf'}: No space left on device.\n"
 
 
 def test_select_saves_a_steering_that_generate_and_evaluate_take(
@@ -183,7 +207,7 @@ def test_datasets_are_listed_shown_and_checked(run: Run, few: Path) -> None:
         ("sweep --vector SAVED --pairs FEW --strengths a,b", "--strengths a,b: numbers"),
         ("sweep --vector SAVED --pairs FEW --unit norm", "there are raw and residual"),
         ("sweep --vector SAVED --pairs FEW --plot x.bmp", "name a .png, .pdf, .svg file"),
-        ("sweep --vector SAVED --pairs FEW --split chose", "--split chose: one of train, choose, report. Nearest: choose"),
+        ("sweep --vector SAVED --pairs FEW --split chose", "--split chose: one of train, choose, report. Near"),
         ("sweep --vector SAVED --pairs FEW --at middle", "a position is a name"),
         ("select --pairs FEW --out x.txt", "--out x.txt: name a .safetensors file"),
         ("evaluate --steer sentiment --pairs FEW", "a contrast set; extract a vector"),

@@ -17,7 +17,7 @@ from mlxsteer.cli.contents import inspect
 from mlxsteer.cli.contrast_sets import datasets
 from mlxsteer.cli.demo import demo
 from mlxsteer.cli.generate import generate
-from mlxsteer.cli.screen import hush, sentence
+from mlxsteer.cli.screen import hush, of_output, sentence
 from mlxsteer.cli.take_away import bake, export
 from mlxsteer.cli.workflow import evaluate, extract, select, sweep
 
@@ -76,5 +76,8 @@ def main() -> None:
     except (ValueError, KeyError, TypeError, OSError, RuntimeError) as error:
         if "--debug" in sys.argv[1:]:
             raise
-        Console(stderr=True).print(f"error: {sentence(error)}", style="red", markup=False, soft_wrap=True)
+        said = sentence(error)
+        if isinstance(error, OSError) and of_output(error):
+            said = f"can't write the output: {error.strerror}."
+        Console(stderr=True).print(f"error: {said}", style="red", markup=False, soft_wrap=True)
         sys.exit(1)

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mlxsteer import datasets
-from mlxsteer.cli.screen import bar
+from mlxsteer.cli.screen import bar, writing
 from mlxsteer.extraction import extract
 from mlxsteer.model import InterpretableModel
 from mlxsteer.pairs import ContrastPair, in_split
@@ -62,7 +62,8 @@ def demo(
         both = (-strength, 0.0, strength)
         final = sweep(loaded, vector, report, layers=[layer], strengths=both, at=POSITION, unit="raw", progress=step)
     shown = _completions(loaded, vector, layer, strength, report, max_tokens)
-    vector.save(target)
+    with writing(target):
+        vector.save(target)
     if as_json:
         typer.echo(json.dumps(_as_data(loaded, behaviour, scan, final, layer, strength, shown, target), indent=2))
     else:

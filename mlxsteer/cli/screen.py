@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -24,6 +28,25 @@ def sentence(error: Exception) -> str:
     """What an error says, on one line."""
     said = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
     return " ".join(said.split()) or type(error).__name__
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Name the file that can't be written, where the system's error names none, or one that is written on the way."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:  # a sentence already
+            raise
+        raise OSError(f"can't write {path}: {error.strerror}.") from error
+
+
+def of_output(error: OSError) -> bool:
+    """Whether it is the standard output that can't be written; Python is then kept from saying so once more."""
+    full = error.filename is None and error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO)
+    if full:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return full
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from mlxsteer import pocket
 from mlxsteer.adapters import export_adapter
 from mlxsteer.baking import bake as bake_model
 from mlxsteer.cli.options import Json, Layer, Model, Places, Steer, Strength, Unit, some_layers, unit_of
-from mlxsteer.cli.screen import literal, remarks
+from mlxsteer.cli.screen import literal, remarks, writing
 from mlxsteer.cli.sources import Named, Source, position, sources_of, together
 from mlxsteer.control_vectors import export_control_vector
 from mlxsteer.folders import target_folder
@@ -54,7 +54,7 @@ def bake(
     screen, aside = Console(quiet=json), Console(stderr=True)
     layers = some_layers(layer)
     sources = _sources(vector, interventions, layers, strength, unit, at, model)
-    with _option_named(), remarks(aside):
+    with _option_named(), writing(to), remarks(aside):
         target_folder(to, overwrite)
         loaded, named = _loaded(sources, model, layers, strength, unit, at)
         _say(loaded, named, screen)
@@ -101,7 +101,7 @@ def export(
         raise FileExistsError(f"{to} is there already: name another file, or --overwrite.")
     layers = some_layers(layer)
     sources = _sources(vector, interventions, layers, strength, unit, at, model)
-    with _option_named(), remarks(aside), tempfile.TemporaryDirectory() as folder:
+    with _option_named(), writing(to), remarks(aside), tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / to.name if dry_run else to
         data: dict[str, Any]
         if form == "adapter":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,7 +33,7 @@ from mlxsteer.cli.options import (
     target,
     unit_of,
 )  # fmt: skip
-from mlxsteer.cli.screen import bar, literal, remarks
+from mlxsteer.cli.screen import bar, literal, remarks, writing
 from mlxsteer.cli.sources import Named, check_places, opened, position
 from mlxsteer.directions import available as methods
 from mlxsteer.evaluation import Evaluation
@@ -77,13 +77,11 @@ def extract(
     loaded = InterpretableModel(model)
     with remarks(Console(stderr=True)), bar("activations") as step:
         vector = extracted(loaded, data, method=method, read=where, layers=which, chat=chat, seed=seed, progress=step)
-    vector.save(out)
     if as_json:
         said({"vector": str(out), "model": loaded.name, "method": method, "layers": list(_rows(vector))})
-        return
-    screen = Console()
-    screen.print(literal(vector.describe()))
-    screen.print(literal(f"Saved: {out}"), soft_wrap=True)
+    else:
+        Console().print(literal(vector.describe()))
+    _keep(as_json, (out, vector.save))
 
 
 def _rows(vector: SteeringVector) -> Iterator[dict[str, Any]]:
@@ -120,18 +118,25 @@ def sweep(
     loaded = InterpretableModel(model)
     with remarks(Console(stderr=True)), bar(f"{len(data)} pairs × {len(how)} strengths") as step:
         found = swept(loaded, source, data, layers=which, strengths=how, at=where, unit=measure, progress=step)
-    if out is not None:
-        found.to_json(out)
-    _show(found, drawn, as_json)
+    _show(found, as_json)
+    _keep(as_json, (out, found.to_json), (drawn, found.plot))
 
 
-def _show(found: Sweep | Evaluation, drawn: Path | None, as_json: bool) -> None:
-    if drawn is not None:
-        found.plot(drawn)
+def _show(found: Sweep | Evaluation, as_json: bool) -> None:
     if as_json:
         said(found.to_json())
     else:
         Console().print(found)
+
+
+def _keep(as_json: bool, *files: tuple[Path | None, Callable[[Path], Any]]) -> None:
+    """Write the files that are wanted, last of all: what was found is on the screen, should one fail."""
+    for path, write in files:
+        if path is not None:
+            with writing(path):
+                write(path)
+            if not as_json:
+                Console().print(literal(f"Saved: {path}"), soft_wrap=True)
 
 
 def _vector(name: str, model: str) -> SteeringVector:
@@ -169,16 +174,14 @@ def select(
             loaded, data, vector=source, budget={"kl_mean": budget}, layers=which, at=where, nulls=nulls, chat=chat,
             seed=seed, progress=step,
         )  # fmt: skip
-    iv.save(choice.interventions, out)
-    if drawn is not None:
-        choice.plot(drawn)
     if as_json:
         said(json.loads(choice.to_json()) | {"steer": str(out)})
-        return
-    screen = Console()
-    screen.print(choice)
-    screen.print(literal(f"Saved: {out}. Use it: mlxsteer generate --model {model} --steer {out} 'your prompt'"),
-                 soft_wrap=True)  # fmt: skip
+    else:
+        Console().print(choice)
+    _keep(as_json, (out, lambda path: iv.save(choice.interventions, path)), (drawn, choice.plot))
+    if not as_json:
+        use = f"Use it: mlxsteer generate --model {model} --steer {out} 'your prompt'"
+        Console().print(literal(use), soft_wrap=True)
 
 
 def evaluate(
@@ -209,6 +212,7 @@ def evaluate(
             loaded, named.interventions(), data, instruction=instruction, nulls=nulls, chat=chat, seed=seed,
             vector=source if isinstance(source, SteeringVector) else None, progress=step,
         )  # fmt: skip
-    _show(found, drawn, as_json)
+    _show(found, as_json)
     for warning in () if as_json else found.warnings:
         Console().print(literal(f"Warning: {warning}", "yellow"), soft_wrap=True)
+    _keep(as_json, (drawn, found.plot))
