@@ -151,7 +151,8 @@ class Choice(Displayed):
             strengths = " + ".join(f"{s:.3g}" for s in one.strengths.values()) if not np.isnan(one.effect) else ""
             rows.append((" + ".join(map(str, one.strengths)), strengths, *cells, one.stage))
         return Shown(
-            f"effect in nats{less}, at {self.budget[0]} {self.budget[1]:g} (± 5 %), on the choosing split",
+            f"effect in nats{less}, strength in residual norms, at {self.budget[0]} {self.budget[1]:g} (± 5 %), on the "
+            "choosing split",
             ("layer", "strength", "effect", self.budget[0], "AUROC", "agreement", "stage"),
             rows,
             styles={i: "bold" for i, one in enumerate(self.candidates) if one.strengths == self.strengths},

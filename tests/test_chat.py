@@ -80,7 +80,7 @@ def test_an_answer_is_the_models_under_the_steering_with_the_whole_history(
     history = [{"role": "system", "content": "Be brief."}, user(ASK), answered(first), user(MORE)]
     assert second == pocket.generate(history, vector.at(5, -1.0), max_tokens=FEW)
     assert [said["content"] for said in chat.messages] == [ASK, first, MORE, second]
-    assert [said["steering"][0].split("strength ")[1][:2] for said in chat.messages[1::2]] == ["1,", "-1"]
+    assert [said["steering"][0].split("strength ")[1][:2] for said in chat.messages[1::2]] == ["1 ", "-1"]
 
 
 @pytest.mark.parametrize("command", ["/strength 0", "/off v"])
@@ -119,7 +119,8 @@ def test_a_files_strengths_are_multiplied(pocket: InterpretableModel, chat: Chat
     chat.command("/strength file 3")
     assert spoken(chat, ASK) == pocket.generate([user(ASK)], vector.at([4, 5], 1.5, at="last"), max_tokens=FEW)
     assert chat.words() == [
-        "file: add_vector at layers.4, strength 1.5, tokens 'last'; add_vector at layers.5, strength 1.5, tokens 'last'"
+        "file: add_vector at layers.4, strength 1.5 × the vector, tokens 'last'; "
+        "add_vector at layers.5, strength 1.5 × the vector, tokens 'last'"
     ]
 
 
@@ -157,10 +158,10 @@ def test_a_model_without_a_chat_template_goes_on_with_the_text(
 
 def test_strengths_and_layers_of_one_steering_and_of_several(chat: Chat, vector: SteeringVector) -> None:
     chat.add("v", vector)
-    assert str(chat.command("/strength")) == "v: add_vector at layers.4, strength 1, tokens 'all'"
+    assert str(chat.command("/strength")) == "v: add_vector at layers.4, strength 1 × the vector, tokens 'all'"
     chat.command("/strength 1.5")
     chat.command("/layer 5")
-    assert str(chat.command("/layer")) == "v: add_vector at layers.5, strength 1.5, tokens 'all'"
+    assert str(chat.command("/layer")) == "v: add_vector at layers.5, strength 1.5 × the vector, tokens 'all'"
     chat.add("my w", vector, layer=2, strength=2.0)
     for line in ("/strength 3", "/layer 3"):
         with pytest.raises(ValueError, match="say which: v, my w"):
@@ -171,7 +172,7 @@ def test_strengths_and_layers_of_one_steering_and_of_several(chat: Chat, vector:
     assert chat.steerings["my w"].strength == 3.0
     assert list(chat.steerings["my w"].layers) == [4, 5, 6]
     assert chat.steerings["v"].strength == 1.5
-    assert str(chat.command("/on v")) == "v: add_vector at layers.5, strength 1.5, tokens 'all'"
+    assert str(chat.command("/on v")) == "v: add_vector at layers.5, strength 1.5 × the vector, tokens 'all'"
     assert str(chat.command("/off")).count("(off)") == 2
 
 
@@ -185,7 +186,7 @@ def test_a_vector_acts_on_the_tokens_that_are_asked_for(
 ) -> None:
     chat.add("v", vector, layer=5)
     told = str(chat.command(f"/at {typed}"))
-    assert told == str(chat.command("/at")) == f"v: add_vector at layers.5, strength 1, tokens {shown}"
+    assert told == str(chat.command("/at")) == f"v: add_vector at layers.5, strength 1 × the vector, tokens {shown}"
     assert spoken(chat, ASK) == pocket.generate([user(ASK)], vector.at(5, at=at), max_tokens=FEW)
 
 
@@ -193,7 +194,9 @@ def test_what_is_shown_names_gates_schedules_and_spans(chat: Chat, vector: Steer
     inner = iv.add_vector(vector[5], 3.0, at="generated", schedule=iv.decay(4), exclude=("<a>", "</a>"))
     chat.add("file", {"layers.5": iv.when(iv.cosine(vector[5]) > 0.25, inner, 0.5)})
     (told,) = chat.words()
-    assert told.startswith("file: add_vector at layers.5, strength 1.5, tokens 'generated', decay(half_life=4")
+    assert told.startswith(
+        "file: add_vector at layers.5, strength 1.5 × the vector, tokens 'generated', decay(half_life=4"
+    )
     assert "not inside(opening='<a>', closing='</a>')" in told
     assert told.endswith("when (cosine(<256>) > 0.25) (per prompt)")
 
@@ -263,7 +266,7 @@ def test_files_are_loaded_by_what_is_in_them(chat: Chat, vector: SteeringVector,
         vector.save(tmp_path / "other mood.gguf")
     iv.save(vector.at(5, at="last"), tmp_path / "edits.safetensors")
     told = str(chat.command(f"/load {tmp_path}/mood.safetensors"))
-    assert told == "mood: add_vector at layers.4, strength 1, tokens 'all'"
+    assert told == "mood: add_vector at layers.4, strength 1 × the vector, tokens 'all'"
     chat.command(f"/load '{tmp_path}/other mood.gguf'")
     chat.command(f"/load {tmp_path}/edits.safetensors kept")
     assert list(chat.steerings) == ["mood", "other mood", "kept"]
@@ -307,12 +310,12 @@ def test_a_contrast_set_acts_at_the_layer_that_was_recommended(
     best = max(strengths, key=lambda layer: abs(strengths[layer]))
     chat.command("/load sentiment")
     assert asked == [80]
-    assert chat.words() == [f"sentiment: add_vector at layers.{best}, strength 1, tokens 'all'"]
+    assert chat.words() == [f"sentiment: add_vector at layers.{best}, strength 1 × the vector, tokens 'all'"]
     pairs = opened("sentiment", "pocket")
     chat.add("sentiment", pairs, layer=2, strength=0.5)
-    assert chat.words() == ["sentiment: add_vector at layers.2, strength 0.5, tokens 'all'"]
+    assert chat.words() == ["sentiment: add_vector at layers.2, strength 0.5 × the vector, tokens 'all'"]
     chat.add("sentiment", PairSet(pairs, name="mine"))  # type: ignore[arg-type]
-    assert chat.words() == ["sentiment: add_vector at layers.4, strength 1, tokens 'all'"]
+    assert chat.words() == ["sentiment: add_vector at layers.4, strength 1 × the vector, tokens 'all'"]
     assert opened("sentiment", "another").name == "sentiment"  # type: ignore[union-attr]
 
 
@@ -361,7 +364,7 @@ def test_what_was_saved_steers_alike(
     again.command(f"/load {tmp_path}/now.safetensors")
     assert spoken(again, ASK) == first != pocket.generate([user(ASK)], max_tokens=FEW)
     assert first == pocket.generate([user(ASK)], iv.load(tmp_path / "now.safetensors"), max_tokens=FEW)
-    assert "strength 0.6, tokens 'last'" in again.words()[0]
+    assert "strength 0.6 × the vector, tokens 'last'" in again.words()[0]
     monkeypatch.setenv("HOME", str(tmp_path))
     chat.command("/save ~/talk.json")
     told = json.loads((tmp_path / "talk.json").read_text())
@@ -378,8 +381,8 @@ def test_show_undo_clear_system_and_help(chat: Chat, say: Say, vector: SteeringV
     chat.messages = [user("[b]a[/b]"), answered("x"), user("b"), answered("y")]
     screen, aside = say("/show", "/undo", "/undo", "/system [i]Hi[/i]", "/system", "/help")
     cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in screen.splitlines() if "│" in line]
-    assert cells[0] == ["[red]v", "layers.3", "add_vector", "1", "'all'", "yes"]
-    assert cells[1][:4] == ["file", "layers.3.mlp", "add_vector", "0.5"]
+    assert cells[0] == ["[red]v", "layers.3", "add_vector", "1 × the vector", "'all'", "yes"]
+    assert cells[1][:4] == ["file", "layers.3.mlp", "add_vector", "0.5 × the vector"]
     assert cells[1][4].startswith("-1, ")
     assert cells[1][5] == "no"
     assert "Taken back: b\nTaken back: [b]a[/b]\n" in screen
@@ -589,8 +592,8 @@ def test_the_command_line_says_what_steers_and_that_there_is_no_template(
     shown = capsys.readouterr()
     assert shown.out.replace("\n", "") == f"Saved: {tmp_path}/t.json"
     assert "pocket has no chat template" in shown.err
-    assert "v: add_vector at layers.2, strength -0.5, tokens 'all'" in shown.err
-    assert "i: add_vector at layers.3, strength -0.5, tokens 'all'" in shown.err
+    assert "v: add_vector at layers.2, strength -0.5 × the vector, tokens 'all'" in shown.err
+    assert "i: add_vector at layers.3, strength -0.5 × the vector, tokens 'all'" in shown.err
     told = json.loads((tmp_path / "t.json").read_text())
     assert (told["system"], told["max_tokens"], told["temp"]) == ("Be brief.", 3, 0.5)
 
@@ -607,7 +610,7 @@ def test_piped_lines_in_a_process_of_its_own(
     shown, remarks = done.stdout.decode().splitlines(), done.stderr.decode()
     assert done.returncode == 0, remarks
     assert shown[0] == pocket.generate([user(ASK)], vector.at(5), max_tokens=FEW)
-    assert shown[1] == "v: add_vector at layers.5, strength 0, tokens 'all'"
+    assert shown[1] == "v: add_vector at layers.5, strength 0 × the vector, tokens 'all'"
     assert shown[3] == pocket.generate([user(ASK)], max_tokens=FEW)
     assert len(shown) == 5
     assert "error: there is no command /nonsense." in remarks
@@ -637,3 +640,12 @@ def test_a_message_that_is_too_long_is_noted_before_its_answer(
     aside = capfd.readouterr().err
     assert aside.startswith("note: the prompt has ")
     assert "Token indices" not in aside
+
+
+def test_a_strength_in_residual_norms_says_so(chat: Chat, vector: SteeringVector, say: Say) -> None:
+    chat.add("v", vector, 4, 0.5, unit="residual")
+    assert chat.words() == ["v: add_vector at layers.4, strength 0.5 residual norms, tokens 'all'"]
+    chat.add("file", {"layers.4": iv.scale(1.1)})
+    shown = say("/show")[0]
+    assert "0.5 residual norms" in shown
+    assert " 1 " in shown

@@ -531,7 +531,7 @@ def test_inspect_says_what_is_in_everything_of_ours(
     gate = iv.when(iv.cosine(V) > 0.25, iv.add_vector(V, 0.5, at="last"))
     iv.save({"layers.4": [gate, iv.ablate(V)]}, "steer.safetensors")
     said = shell("inspect", "steer.safetensors")
-    assert "add_vector at layers.4, strength 0.5, tokens 'last', when" in said
+    assert "add_vector at layers.4, strength 0.5 × the vector, tokens 'last', when" in said
     assert "ablate at layers.4, strength 1, tokens 'all'" in said
     data = json.loads(shell("inspect", "steer.safetensors", "--json"))
     assert [one["intervention"] for one in data["interventions"]] == ["add_vector", "ablate"]

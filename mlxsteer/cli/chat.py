@@ -266,7 +266,7 @@ class Chat:
         table = Table("name", "key", "kind", "strength", "tokens", "on")
         for name, one in self.steerings.items():
             for key, kind, strength, where in one.acts():
-                cells = (name, key, kind, f"{strength:g}", where, "yes" if one.on else "no")
+                cells = (name, key, kind, one.amount(kind, strength), where, "yes" if one.on else "no")
                 table.add_row(*map(literal, cells))
         return table if self.steerings else self._told()
 

@@ -132,11 +132,10 @@ def _vector(source: Path | str) -> Found:
 
 
 def _interventions(path: Path) -> Found:
-    acts = list(Named(iv.load(path)).acts())
-    words = [f"{kind} at {key}, strength {strength:g}, tokens {where}" for key, kind, strength, where in acts]
+    found = Named(iv.load(path))
     names = ("key", "intervention", "strength", "tokens")
-    edits = [dict(zip(names, act, strict=True)) for act in acts]
-    return {"kind": "interventions", "interventions": edits}, words
+    edits = [dict(zip(names, act, strict=True)) for act in found.acts()]
+    return {"kind": "interventions", "interventions": edits}, list(found.words())
 
 
 def _prompt_cache(path: Path) -> Found:

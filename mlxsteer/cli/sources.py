@@ -19,7 +19,7 @@ from mlxsteer.extraction import extract
 from mlxsteer.interventions.base import Compose, Intervention, as_intervention
 from mlxsteer.interventions.files import FORMAT
 from mlxsteer.interventions.gates import When
-from mlxsteer.interventions.operators import AddVector
+from mlxsteer.interventions.operators import AddSequence, AddVector
 from mlxsteer.model import InterpretableModel
 from mlxsteer.pairs import PAIR_HASHES, PairSet, in_split, nearest
 from mlxsteer.positions import NAMES, At
@@ -156,8 +156,19 @@ class Named:
                 yield key, part.name, strength, f"{written(part.at.written())}{when}{spans}{gate}"
 
     def __str__(self) -> str:
-        told = "; ".join(f"{kind} at {key}, strength {s:g}, tokens {where}" for key, kind, s, where in self.acts())
+        told = "; ".join(self.words())
         return told if self.on else f"{told} (off)"
+
+    def words(self) -> Iterator[str]:
+        """What `acts` says, in words."""
+        for key, kind, strength, where in self.acts():
+            yield f"{kind} at {key}, strength {self.amount(kind, strength)}, tokens {where}"
+
+    def amount(self, kind: str, strength: float) -> str:
+        """A strength with its unit, where it is of a vector."""
+        if kind not in (AddVector.name, AddSequence.name):
+            return f"{strength:g}"
+        return f"{strength:g} {'residual norms' if self.unit == 'residual' else '× the vector'}"
 
     @classmethod
     def made(
