@@ -46,6 +46,7 @@ def test_the_demo_prints_tables(
     assert run("demo", *SMALL, "--behaviour", "certainty", monkeypatch=monkeypatch) == 0
     shown = capsys.readouterr().out
     assert "log P(positive) − log P(negative)" in shown
+    assert "pairs: pocket/certainty, 8 of train, 1 of choose, 2 of report" in shown
     assert "Saved: certainty.safetensors" in shown
     assert (tmp_path / "certainty.safetensors").is_file()
 

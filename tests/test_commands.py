@@ -79,7 +79,11 @@ def test_extract_saves_what_python_extracts(run: Run, few: Path, pocket: Interpr
     assert [row["layer"] for row in rows] == [2, 3, 6]
     assert rows[0]["length"] == pytest.approx(vector.norms[2])
     assert rows[0]["residual_norm"] == pytest.approx(vector.residual_norms[2])
-    assert run("extract", "--pairs", few, "--out", out, "--layers", "3")[1].splitlines()[-1] == f"Saved: {out}"
+    first, *_, last = run("extract", "--pairs", few, "--out", out, "--layers", "3")[1].splitlines()
+    assert (first, last) == ("pairs: few, 12 of train", f"Saved: {out}")
+    assert json.loads(told)["set"] == {"name": "few", "train": 12}
+    one = datasets.write(datasets.read(few).split("train")[:1], tmp_path / "one.jsonl")
+    assert "note: one pair" in run("extract", "--pairs", one, "--out", out, "--layers", "3")[2]
 
 
 def test_sweep_prints_and_writes_what_python_sweeps(
@@ -100,6 +104,7 @@ def test_sweep_prints_and_writes_what_python_sweeps(
 
     code, told, _ = run(*asked, "--unit", "raw", "--out", out)
     assert code == 0
+    assert told.startswith("pairs: few, 4 of choose\n")
     assert "strength" in told
     assert told.splitlines()[-1] == f"Saved: {out}"
     monkeypatch.setattr(Sweep, "plot", full)
@@ -126,6 +131,7 @@ def test_select_saves_a_steering_that_generate_and_evaluate_take(
     choice = select(pocket, datasets.read(few), vector=SteeringVector.load(saved), layers=[4], nulls=0,
                     budget={"kl_mean": 0.2}, progress=None)  # fmt: skip
     assert {int(n): s for n, s in json.loads(told)["strengths"].items()} == pytest.approx(choice.strengths)
+    assert json.loads(told)["record"]["set"] == {"name": "fewer", "choose": 3, "report": 3}
     steer = iv.load(out)
     texts = json.loads(run("generate", PROMPT, "--steer", out, "--compare", "--max-tokens", "12", "--json")[1])
     assert texts["steered"] == str(pocket.generate(PROMPT, steer, max_tokens=12))
@@ -135,6 +141,7 @@ def test_select_saves_a_steering_that_generate_and_evaluate_take(
     assert json.loads(told)["shift"]["value"] == pytest.approx(found.shift.value, abs=1e-4)
     told = json.loads(run("evaluate", "--steer", out, "--pairs", few, "--nulls", "2", "--strength", "2", "--json")[1])
     assert len(told["nulls"]) == 2
+    assert told["record"]["set"] == {"name": "fewer", "report": 3}
     twice = {key: one | one for key, one in steer.items()}
     doubled = evaluate(pocket, twice, datasets.read(few), nulls=0, progress=None)
     assert told["shift"]["value"] == pytest.approx(doubled.shift.value, abs=1e-3)
@@ -189,6 +196,7 @@ def test_datasets_are_listed_shown_and_checked(run: Run, few: Path) -> None:
     assert len(shown["findings"]) == len(datasets.read(few).check().findings)
     assert "sentiment" in run("datasets")[1]
     assert "positive:" in run("datasets", "sentiment", "--show", "1")[1]
+    assert "mlxsteer datasets pocket/formality" in run("datasets", "formality")[1]
     assert "two-option" not in run("datasets", few, "--check")[2]
 
 

@@ -39,6 +39,9 @@ def datasets(
     screen = Console()
     if data.name in sets.available() and report is None:
         screen.print(literal(sets.card(data.name)))
+        if (own := f"pocket/{data.name}") in sets.available():
+            told = f"--model pocket has a set of its own by this name: mlxsteer datasets {own}\n"
+            screen.print(literal(told), soft_wrap=True)
     else:
         screen.print(literal(f"{data.name}: {len(data)} pairs"))
     for pair in shown:

@@ -12,7 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from mlxsteer import datasets
-from mlxsteer.cli.screen import bar, writing
+from mlxsteer.cli.options import taken_words
+from mlxsteer.cli.screen import bar, literal, writing
 from mlxsteer.extraction import extract
 from mlxsteer.model import InterpretableModel
 from mlxsteer.pairs import ContrastPair, in_split
@@ -51,7 +52,9 @@ def demo(
     train, choose = in_split(data, "train")[:pairs], in_split(data, "choose")[:held_out]
     report = in_split(data, "report")[: 2 * held_out]
     loaded = InterpretableModel(model)
+    of = {"name": data.name, "train": len(train), "choose": len(choose), "report": len(report)}
     screen.print(Text(repr(loaded), style="bold"))
+    screen.print(literal(taken_words(of)))
     with bar(f"activations of {len(train)} pairs, every layer") as step:
         vector = extract(loaded, train, progress=step)
     with bar(f"{len(loaded.layers)} layers × {len(STRENGTHS)} strengths on {len(choose)} held-out pairs") as step:
@@ -65,7 +68,8 @@ def demo(
     with writing(target):
         vector.save(target)
     if as_json:
-        typer.echo(json.dumps(_as_data(loaded, behaviour, scan, final, layer, strength, shown, target), indent=2))
+        found = _as_data(loaded, behaviour, scan, final, layer, strength, shown, target)
+        typer.echo(json.dumps(found | {"set": of}, indent=2))
     else:
         _print(screen, behaviour, final, layer, strength, shown, target)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -65,6 +66,26 @@ def pairs_of(name: str, model: str) -> PairSet:
     raise FileNotFoundError(
         f"there is no file and no contrast set {name!r}. {nearest(name, sets_for(model), 'mlxsteer datasets')}"
     )
+
+
+def taken(data: PairSet, *splits: str, most: int | None = None) -> dict[str, Any]:
+    """Which set was taken, and how many pairs of it: two sets may go by one name.
+
+    Args:
+        data: the set.
+        splits: those that are looked at; all there are unless told.
+        most: of each split.
+    """
+    counts = {name: count for name, count in data.splits.items() if name in (splits or data.splits)}
+    counts = counts or {"all": len(data)}
+    return {"name": data.name, **{name: count if most is None else min(count, most) for name, count in counts.items()}}
+
+
+def taken_words(found: Mapping[str, Any]) -> str:
+    """What `taken` found, in words."""
+    counts = {name: count for name, count in found.items() if name != "name"}
+    told = (f"{count} of {name}" if name != "all" else str(count) for name, count in counts.items())
+    return f"pairs: {found['name']}, {', '.join(told)}"
 
 
 def layers_of(text: str) -> str | list[int]:

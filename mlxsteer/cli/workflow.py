@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +13,7 @@ import typer
 from rich.console import Console
 
 from mlxsteer import interventions as iv
+from mlxsteer.choice import Choice
 from mlxsteer.cli.options import (
     At,
     Json,
@@ -30,6 +32,8 @@ from mlxsteer.cli.options import (
     picture,
     said,
     some_layers,
+    taken,
+    taken_words,
     target,
     unit_of,
 )  # fmt: skip
@@ -77,10 +81,14 @@ def extract(
     loaded = InterpretableModel(model)
     with remarks(Console(stderr=True)), bar("activations") as step:
         vector = extracted(loaded, data, method=method, read=where, layers=which, chat=chat, seed=seed, progress=step)
+    of = taken(data, "train")
     if as_json:
-        said({"vector": str(out), "model": loaded.name, "method": method, "layers": list(_rows(vector))})
+        said({"vector": str(out), "model": loaded.name, "method": method, "set": of, "layers": list(_rows(vector))})
     else:
-        Console().print(literal(vector.describe()))
+        Console().print(literal(f"{taken_words(of)}\n{vector.describe()}"))
+    if 1 in of.values():
+        Console(stderr=True).print(literal("note: one pair says more of its words than of a behaviour; from 80 on "
+                                           "vectors are usually reliable.", "yellow"), soft_wrap=True)  # fmt: skip
     _keep(as_json, (out, vector.save))
 
 
@@ -114,19 +122,25 @@ def sweep(
     if out is not None:
         target(out, ".json", "--out")
     drawn, which, how, where = picture(plot), layers_of(layers), numbers_of(strengths, "--strengths"), position(at)
-    source, data = _vector(vector, model), in_split(pairs_of(pairs, model), split)[:limit]
+    source, given = _vector(vector, model), pairs_of(pairs, model)
+    data = in_split(given, split)[:limit]
     loaded = InterpretableModel(model)
     with remarks(Console(stderr=True)), bar(f"{len(data)} pairs × {len(how)} strengths") as step:
         found = swept(loaded, source, data, layers=which, strengths=how, at=where, unit=measure, progress=step)
+    found = replace(found, record={**found.record, "set": taken(given, split, most=limit)})
     _show(found, as_json)
     _keep(as_json, (out, found.to_json), (drawn, found.plot))
 
 
-def _show(found: Sweep | Evaluation, as_json: bool) -> None:
-    if as_json:
+def _show(found: Sweep | Choice | Evaluation, as_json: bool, **more: Any) -> None:
+    if as_json and more:
+        said(json.loads(found.to_json()) | more)
+    elif as_json:
         said(found.to_json())
     else:
-        Console().print(found)
+        screen = Console()
+        screen.print(literal(taken_words(found.record["set"])))
+        screen.print(found)
 
 
 def _keep(as_json: bool, *files: tuple[Path | None, Callable[[Path], Any]]) -> None:
@@ -174,10 +188,8 @@ def select(
             loaded, data, vector=source, budget={"kl_mean": budget}, layers=which, at=where, nulls=nulls, chat=chat,
             seed=seed, progress=step,
         )  # fmt: skip
-    if as_json:
-        said(json.loads(choice.to_json()) | {"steer": str(out)})
-    else:
-        Console().print(choice)
+    choice.record["set"] = taken(data, *SPLITS[vector is not None :])
+    _show(choice, as_json, steer=str(out))
     _keep(as_json, (out, lambda path: iv.save(choice.interventions, path)), (drawn, choice.plot))
     if not as_json:
         use = f"Use it: mlxsteer generate --model {model} --steer {out} 'your prompt'"
@@ -212,6 +224,7 @@ def evaluate(
             loaded, named.interventions(), data, instruction=instruction, nulls=nulls, chat=chat, seed=seed,
             vector=source if isinstance(source, SteeringVector) else None, progress=step,
         )  # fmt: skip
+    found.record["set"] = taken(data, *["report"] * ("report" in data.splits))
     _show(found, as_json)
     for warning in () if as_json else found.warnings:
         Console().print(literal(f"Warning: {warning}", "yellow"), soft_wrap=True)
