@@ -55,7 +55,7 @@ def generate(
     where, layers = position(at or "all"), some_layers(layer)
     if not steer and (layer is not None or strength is not None or compare):
         raise ValueError("--layer, --strength and --compare say how something steers: name it by --steer.")
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = _read() if prompt == "-" else prompt
     sources = [(name, opened(name, model)) for name in steer or ()]
     check_places(sources, layers, at, unit)
     aside = Console(stderr=True)
@@ -82,6 +82,15 @@ def generate(
         if len(texts) > 1:
             screen.print(literal(f"{name}:", "bold"))
         screen.print(literal(str(made)), soft_wrap=True)
+
+
+def _read() -> str:
+    try:
+        text = sys.stdin.read()
+        text.encode()  # some locales keep a byte that is no text as half a character
+    except UnicodeError as error:
+        raise ValueError("the prompt is no UTF-8 text: the standard input holds other bytes.") from error
+    return text
 
 
 def _as_measured(model: InterpretableModel, pairs: PairSet) -> Source:
