@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import sys
@@ -275,6 +276,26 @@ def test_a_strength_in_residual_norms_is_baked_and_exported_as_python_does(
     short = {"layers.5.mlp": iv.ablate(exact[5][:10])}
     with pytest.raises(ValueError, match="has width 10, the activation has 256"):
         bake(pocket, short, tmp_path / "folder", dry_run=True)
+
+
+def test_what_cannot_be_baked_is_told_in_the_words_of_a_shell(
+    run: Run, saved: Path, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steer = iv.save({"layers.4": iv.add_vector([1.0] * 256, at="last")}, tmp_path / "steer.safetensors")
+    for command, to in (("bake", "b"), ("export", "a"), ("export", "x.gguf")):
+        code, _, aside = run(command, "--steer", steer, "--to", tmp_path / to)
+        assert code == 1
+        assert "--at last" in aside
+        assert "mlxsteer select --at all makes one that can" in aside
+        assert "at=" not in aside
+    aside = run("bake", "--steer", steer, "--to", tmp_path / "b", "--at", "all")[2]
+    assert "mlxsteer select --at all makes some that act there" in aside
+    assert "mlxsteer datasets lists the" in run("demo", "--behaviour", "xyz")[2]
+    assert "--steer and --vector take it" in run("extract", "--pairs", saved, "--out", tmp_path / "v.safetensors")[2]
+    assert "--read 500" in run("extract", "--pairs", few, "--out", tmp_path / "v.safetensors", "--read", "500")[2]
+    for errors in ("strict", "surrogateescape"):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9"), "utf-8", errors))
+        assert run("generate", "-")[2].startswith("error: the prompt is no UTF-8 text")
 
 
 def test_an_option_that_nothing_would_hear_is_refused(run: Run, saved: Path, few: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from mlxsteer import datasets as sets
 from mlxsteer.cli.options import Json, pairs_of, said
-from mlxsteer.cli.screen import literal
+from mlxsteer.cli.screen import in_shell_words, literal
 from mlxsteer.pairs import PairSet
 
 
@@ -47,7 +47,7 @@ def datasets(
     for pair in shown:
         screen.print(literal("\n".join(f"{key}: {value}" for key, value in pair.items()) + "\n"), soft_wrap=True)
     if report is not None:
-        screen.print(literal(str(report)))
+        screen.print(literal(in_shell_words(str(report))))
 
 
 def _counts(data: PairSet) -> dict[str, object]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -24,10 +25,31 @@ def literal(text: str, style: str = "") -> Text:
     return Text(text.translate(_SIGNS), style=style)
 
 
+_OPTION = re.compile(r"\b(at|chat|layers|method|nulls|read|seed|strength|temp|top_p|unit)=(?:'([^' ]*)'|([-\w.:]*\w))?")
+_SHELL = {
+    "With at='all' it can.": "mlxsteer select --at all makes one that can be; so does a vector with --at all.",
+    "ms.bake": "mlxsteer bake",
+    "ms.export_adapter": "mlxsteer export",
+    "overwrite=True": "--overwrite",
+    "datasets.available()": "mlxsteer datasets",
+    "datasets.read reads contrast pairs": "--pairs takes files of contrast pairs",
+    "SteeringVector.load reads it": "--steer and --vector take it",
+    "`with_splits` makes splits.": 'Each line of a file may say "split": "train", "choose" or "report".',
+}
+"""What is said to who writes Python, in the words of a shell."""
+
+
+def in_shell_words(text: str) -> str:
+    """A message of the package with commands and options in place of functions and arguments."""
+    for python, shell in _SHELL.items():
+        text = text.replace(python, shell)
+    return _OPTION.sub(lambda m: f"--{m[1].replace('_', '-')} {m[2] or m[3] or ''}".rstrip(), text)
+
+
 def sentence(error: Exception) -> str:
     """What an error says, on one line."""
     said = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
-    return " ".join(said.split()) or type(error).__name__
+    return in_shell_words(" ".join(said.split())) or type(error).__name__
 
 
 @contextmanager
@@ -55,7 +77,7 @@ def remarks(aside: Console, at_once: bool = False) -> Iterator[None]:
     heard: dict[str, None] = {}
 
     def hear(message: Warning | str, *_: Any, **__: Any) -> None:
-        said = " ".join(str(message).split())
+        said = in_shell_words(" ".join(str(message).split()))
         if at_once and said not in heard:
             aside.print(literal(f"note: {said}", "yellow"), soft_wrap=True)
         heard[said] = None

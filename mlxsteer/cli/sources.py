@@ -250,6 +250,9 @@ def check_places(sources: Iterable[tuple[str, Source]], layers: Sequence[int], a
         for option, value in given.items():
             if value:
                 told = "; interventions say it themselves" if sources else ""
+                told += (
+                    f" (mlxsteer select --at {value} makes some that act there)" if told and option == "--at" else ""
+                )
                 raise ValueError(f"{option} {value} says how a vector acts: name one by --steer{told}.")
 
 

@@ -219,7 +219,5 @@ def _option_named() -> Iterator[None]:
     """Call things by their names in a shell: an argument of a function by its option."""
     try:
         yield
-    except FileExistsError as error:
-        raise FileExistsError(str(error).replace("overwrite=True", "--overwrite")) from error
     except CannotBake as error:
         raise CannotBake(str(error).replace(KEEPS, "mlxsteer generate and mlxsteer chat run it as it is.")) from error
