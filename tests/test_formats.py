@@ -843,7 +843,16 @@ class FakeHub:
         self.root, self.asked, self.made = root, [], []  # type: ignore[var-annotated]
         self.error: Exception | None = None
 
-    def download(self, repository: str, filename: str, *, revision: str | None = None, token: str | None = None) -> str:
+    def model_info(self, repository: str, *, revision: str | None = None) -> None:
+        if self.error is not None:
+            raise self.error
+        if not (self.root / repository).is_dir():
+            raise failed(errors.RepositoryNotFoundError)
+
+    def download(
+        self, repository: str, filename: str, *, revision: str | None = None, token: str | None = None,
+        local_files_only: bool = False,
+    ) -> str:  # fmt: skip
         self.asked.append((repository, filename, revision))
         if self.error is not None:
             raise self.error
@@ -979,7 +988,9 @@ def test_the_hub_is_asked_with_its_own_signatures() -> None:
     """The fakes above take what the library's functions take."""
     assert {"revision", "token"} <= set(inspect.signature(huggingface_hub.hf_hub_download).parameters)
     api = huggingface_hub.HfApi
-    for function, names in [(api.list_repo_files, {"revision"}), (api.create_repo, {"private", "exist_ok"}),
+    assert "local_files_only" in inspect.signature(huggingface_hub.hf_hub_download).parameters
+    for function, names in [(api.list_repo_files, {"revision"}), (api.model_info, {"revision"}),
+                            (api.create_repo, {"private", "exist_ok"}),
                             (api.create_branch, {"branch", "exist_ok"}),
                             (api.upload_folder, {"repo_id", "folder_path", "commit_message", "revision",
                                                   "delete_patterns"})]:  # fmt: skip

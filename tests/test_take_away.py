@@ -229,6 +229,23 @@ def test_a_vector_goes_to_a_branch_of_the_hub_and_comes_back_from_it(hub: hub_se
     assert "## Responsible use" not in told
 
 
+def test_a_hub_that_cannot_be_reached_is_asked_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def waits(*_: Any) -> None:
+        raise AssertionError("it waits for another try")
+
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("time.sleep", waits)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["mlxsteer", "inspect", "folder/vector"])
+    with pytest.raises(SystemExit):
+        main()
+    said = capsys.readouterr().err
+    assert said.startswith("error: there is no file or folder folder/vector here. As a repository, user/repo: the Hug")
+    assert said.count("\n") == 1
+
+
 def test_files_are_pushed_as_the_vector_that_they_hold(hub: hub_server.Hub) -> None:
     v = directions(1, 4)
     ms.push_to_hub(v.save("v.npz"), "me/plain")

@@ -16,7 +16,7 @@ from mlxsteer import pocket
 from mlxsteer.caches import KEY, cache_history, load_prompt_cache
 from mlxsteer.cli.inspect_model import inspect_model
 from mlxsteer.cli.screen import literal
-from mlxsteer.cli.sources import Named
+from mlxsteer.cli.sources import Named, vector_of
 from mlxsteer.formats.autoencoders import FORMAT as AUTOENCODER
 from mlxsteer.formats.cards import exactness
 from mlxsteer.formats.paths import READERS
@@ -28,7 +28,6 @@ from mlxsteer.publishing import RECORD, record_of
 from mlxsteer.refusal import RefusalDirection
 from mlxsteer.sae import SparseAutoencoder
 from mlxsteer.vectors import FORMAT as VECTOR
-from mlxsteer.vectors import SteeringVector
 
 Found: TypeAlias = "tuple[dict[str, Any], list[str]]"
 """What is in a file: as data, with its kind, and in words."""
@@ -121,7 +120,7 @@ def _safetensors(path: Path) -> Found:
 
 
 def _vector(source: Path | str) -> Found:
-    vector = SteeringVector.load(source)
+    vector = vector_of(str(source))
     kind = "a control vector of llama.cpp's" if str(source).endswith(".gguf") else "a steering vector"
     data = {
         "kind": kind, "site": vector.site, "layers": vector.layers, "width": vector.width,

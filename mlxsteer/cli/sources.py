@@ -43,7 +43,7 @@ def opened(name: str, model: str) -> Source:
         return datasets.load(own)
     if not path.exists():
         try:
-            return SteeringVector.load(name)
+            return vector_of(name)
         except (FileNotFoundError, ConnectionError) as error:
             near = difflib.get_close_matches(name.casefold(), sets_for(model), n=3)
             more = f" Nearest contrast sets: {', '.join(near)}." if near else ""
@@ -57,6 +57,22 @@ def opened(name: str, model: str) -> Source:
     with suppress(RuntimeError, ValueError):  # of what is damaged, the vector's own reader says what it is
         metadata = mx.load(str(path), return_metadata=True)[1] if path.suffix == ".safetensors" else {}  # type: ignore[index]
     return iv.load(path) if FORMAT in metadata else SteeringVector.load(path)
+
+
+def vector_of(name: str) -> SteeringVector:
+    """The vector of a file or repository; what isn't there was more likely meant as a file.
+
+    Raises:
+        FileNotFoundError: there is none of this name.
+        ConnectionError: there is no such file, and the Hub can't be reached.
+    """
+    try:
+        return SteeringVector.load(name)
+    except (FileNotFoundError, ConnectionError) as error:
+        _, asked, why = str(error).partition("which is no path here: ")
+        if not asked:
+            raise
+        raise type(error)(f"there is no file or folder {name} here. As a repository, user/repo: {why}") from error
 
 
 def sets_for(model: str) -> list[str]:

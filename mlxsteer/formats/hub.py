@@ -56,10 +56,18 @@ def fetch(
         ConnectionError: the Hub can't be reached, or refuses.
     """
 
+    options: dict[str, Any] = {"revision": revision, "token": token}
+
     def download(name: str) -> Path:
-        return Path(huggingface_hub.hf_hub_download(repository, name, revision=revision, token=token))
+        return Path(huggingface_hub.hf_hub_download(repository, name, **options))
 
     with _said(f"read {repository!r}, which is no path here", revision):
+        try:
+            huggingface_hub.HfApi(token=token).model_info(repository, revision=revision)
+        except HfHubHTTPError:  # the Hub answers
+            raise
+        except _NETWORK:  # asked once: a download would try for half a minute, and log each try
+            options["local_files_only"] = True
         try:
             path = download(filename or NAME)
         except EntryNotFoundError as error:
