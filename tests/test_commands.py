@@ -291,6 +291,9 @@ def test_what_cannot_be_baked_is_told_in_the_words_of_a_shell(
     aside = run("bake", "--steer", steer, "--to", tmp_path / "b", "--at", "all")[2]
     assert "mlxsteer select --at all makes some that act there" in aside
     assert "mlxsteer datasets lists the" in run("demo", "--behaviour", "xyz")[2]
+    assert f"lists the {len(datasets.available())} there are" in run("datasets", "xyz")[2]
+    (tmp_path / "wrong.jsonl").write_text('{"question": "a", "good": "b", "bad": "c"}\n')
+    assert "A pair has prompt, positive, negative." in run("datasets", tmp_path / "wrong.jsonl")[2]
     assert "--steer and --vector take it" in run("extract", "--pairs", saved, "--out", tmp_path / "v.safetensors")[2]
     assert "--read 500" in run("extract", "--pairs", few, "--out", tmp_path / "v.safetensors", "--read", "500")[2]
     for errors in ("strict", "surrogateescape"):

@@ -311,7 +311,7 @@ REFUSED: dict[str, tuple[str, Any, str | None, str]] = {
         "x.jsonl",
         lines(ROW, "", {"positive": "a"}),
         None,
-        r"x\.jsonl, line 3 has no field 'negative'; it has 'positive'\.$",
+        r"x\.jsonl, line 3 has no field 'negative'; it has 'positive'\. A pair has prompt, positive, negative\.$",
     ),
     "a typo in a field": (
         "x.json",
@@ -319,7 +319,7 @@ REFUSED: dict[str, tuple[str, Any, str | None, str]] = {
         None,
         r"x\.json, item 1 has no field 'positive'; .*\. Did you mean 'positive' by 'positve'\?$",
     ),
-    "no field": ("x.json", [{}], None, r"x\.json, item 1 has no field 'positive'; it has none\.$"),
+    "no field": ("x.json", [{}], None, r"x\.json, item 1 has no field 'positive'; it has none\. A pair has"),
     "an unknown field": (
         "x.json",
         [{**ROW, "promt": "p"}],
@@ -391,7 +391,7 @@ REFUSED: dict[str, tuple[str, Any, str | None, str]] = {
         "x.json",
         [{"question": "Fun?"}],
         None,
-        r"item 1 has no field 'answer_matching_behavior'; it has",
+        r"item 1 has no field 'positive'; it has 'question'. A pair has prompt,",
     ),
     "several answers": (
         "x.json",

@@ -40,7 +40,9 @@ Places = Annotated[
 ]
 MaxTokens = Annotated[int, typer.Option(min=1, help="The most tokens.")]
 Temperature = Annotated[float, typer.Option(min=0, callback=finite, help="The temperature; 0 is greedy.")]
-Pairs = Annotated[str, typer.Option(help="A contrast set, such as sentiment, or a file of pairs.")]
+Pairs = Annotated[
+    str, typer.Option(help="A contrast set, such as sentiment, or a file of pairs: .jsonl, .json, .csv, .tsv.")
+]
 Layers = Annotated[str, typer.Option("--layers", "--layer", help="Layers: all, or like 4 or 3,5 or 2:6.")]
 Strengths = Annotated[str, typer.Option(help="Strengths, with commas between them.")]
 At = Annotated[str, typer.Option(help="The tokens that are steered: all, prompt, generated, last, first, -1, 2:5.")]
@@ -63,9 +65,10 @@ def pairs_of(name: str, model: str) -> PairSet:
         return datasets.load(own)
     if name in datasets.available():
         return datasets.load(name)
-    raise FileNotFoundError(
-        f"there is no file and no contrast set {name!r}. {nearest(name, sets_for(model), 'mlxsteer datasets')}"
-    )
+    end = nearest(name, sets_for(model), "mlxsteer datasets")
+    if not end.startswith("Nearest"):  # as many as it lists
+        end = nearest(name, datasets.available(), "mlxsteer datasets")
+    raise FileNotFoundError(f"there is no file and no contrast set {name!r}. {end}")
 
 
 def taken(data: PairSet, *splits: str, most: int | None = None) -> dict[str, Any]:

@@ -242,8 +242,7 @@ def _rows(source: Path, text: str, format: str | None) -> tuple[str, str | None,
 def _guess(rows: list[_Row]) -> str:
     """The format of JSON rows, by the fields of the first."""
     first = rows[0][1] if rows else None
-    lead = isinstance(first, dict) and any(key == "question" or key.startswith("answer_") for key in first)
-    return "caa" if lead else "json"
+    return "caa" if isinstance(first, dict) and any(key.startswith("answer_") for key in first) else "json"
 
 
 def _is_lines(text: str) -> bool:
@@ -374,7 +373,10 @@ def _known(
         rest = [name for name in names if name not in (*required, *optional)]
         near = difflib.get_close_matches(missing, rest, n=1)
         meant = f" Did you mean {missing!r} by {near[0]!r}?" if near else ""
-        raise ValueError(f"{where} has no {noun} {missing!r}; it has {', '.join(map(repr, names)) or 'none'}.{meant}")
+        fits = "" if meant or required != _TEXTS else f" A pair has {', '.join(('prompt', *_TEXTS))}."
+        raise ValueError(
+            f"{where} has no {noun} {missing!r}; it has {', '.join(map(repr, names)) or 'none'}.{meant}{fits}"
+        )
     for name in names:
         if ignored is not None and name not in (*required, *optional, *ignored):
             raise ValueError(f"{where} has an unknown {noun} {name!r}. {nearest(name, (*required, *optional))}")
