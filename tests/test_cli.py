@@ -86,6 +86,18 @@ def test_a_missing_key_is_told_without_quotes_and_the_demo_says_where_it_saves(
     assert "[default: (BEHAVIOUR.safetensors)]" in capsys.readouterr().out
 
 
+def test_paragraphs_fill_their_lines(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert run("bake", "--help", monkeypatch=monkeypatch) == 0
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert "is refused, with the reason. What is written is compared with the hooked model" in lines
+    monkeypatch.setenv("COLUMNS", "200")
+    assert run("datasets", "formality", "--show", "0", monkeypatch=monkeypatch) == 0
+    card = capsys.readouterr().out.split("--model pocket")[0]
+    assert max(map(len, card.splitlines())) <= 80
+    assert "against 11), and the" in " ".join(card.split())
+
+
 def test_version_and_wrong_usage(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert run("--version", monkeypatch=monkeypatch) == 0
     assert capsys.readouterr().out.strip()

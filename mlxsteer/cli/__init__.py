@@ -27,8 +27,15 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+
+
+def _help(text: str | None) -> str:
+    """A docstring with one line for each paragraph: the terminal's width breaks them."""
+    return "\n\n".join(" ".join(part.split()) for part in (text or "").split("\n\n"))
+
+
 for command in (demo, datasets, extract, sweep, select, evaluate, generate, chat, bake, export, inspect):
-    app.command()(command)
+    app.command(help=_help(command.__doc__))(command)
 
 
 def _version(asked: bool) -> None:

@@ -7,12 +7,13 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markdown import Markdown
 from rich.table import Table
 
 from mlxsteer import datasets as sets
 from mlxsteer.cli.options import Json, pairs_of, said
 from mlxsteer.cli.screen import in_shell_words, literal
-from mlxsteer.pairs import PairSet
+from mlxsteer.pairs import PairSet, counted
 
 
 def datasets(
@@ -38,12 +39,12 @@ def datasets(
         return
     screen = Console()
     if data.name in sets.available() and report is None:
-        screen.print(literal(sets.card(data.name)))
+        screen.print(Markdown(sets.card(data.name)), width=min(80, screen.width))
         if (own := f"pocket/{data.name}") in sets.available():
-            told = f"--model pocket has a set of its own by this name: mlxsteer datasets {own}\n"
+            told = f"\n--model pocket has a set of its own by this name: mlxsteer datasets {own}\n"
             screen.print(literal(told), soft_wrap=True)
     else:
-        screen.print(literal(f"{data.name}: {len(data)} pairs"))
+        screen.print(literal(f"{data.name}: {counted(len(data), 'pair')}"))
     for pair in shown:
         screen.print(literal("\n".join(f"{key}: {value}" for key, value in pair.items()) + "\n"), soft_wrap=True)
     if report is not None:
