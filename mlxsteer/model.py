@@ -833,6 +833,8 @@ def _load(name: str, options: Mapping[str, Any]) -> tuple[nn.Module, TokenizerWr
     """A model by name, with one clear sentence where there is none."""
     if name == "pocket":
         return mlx_lm.load(str(pocket.verified()), **options)[:2]
+    if not name:
+        raise FileNotFoundError("a model is 'pocket', a local folder, or a Hugging Face name, and this name is empty.")
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():

@@ -119,8 +119,7 @@ def test_a_files_strengths_are_multiplied(pocket: InterpretableModel, chat: Chat
     chat.command("/strength file 3")
     assert spoken(chat, ASK) == pocket.generate([user(ASK)], vector.at([4, 5], 1.5, at="last"), max_tokens=FEW)
     assert chat.words() == [
-        "file: add_vector at layers.4, strength 1.5 × the vector, tokens 'last'; "
-        "add_vector at layers.5, strength 1.5 × the vector, tokens 'last'"
+        "file: add_vector at layers 4, 5, strength 1.5 × the vector, tokens 'last'",
     ]
 
 

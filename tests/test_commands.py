@@ -214,6 +214,7 @@ def test_datasets_are_listed_shown_and_checked(run: Run, few: Path) -> None:
         ("sweep --vector nowhere --pairs FEW", "there is no file nowhere"),
         ("sweep --vector sentiment --pairs FEW", "mlxsteer extract --pairs sentiment"),
         ("sweep --vector SAVED --pairs FEW --strengths a,b", "--strengths a,b: numbers"),
+        ("sweep --vector SAVED --pairs FEW --strengths=", "--strengths '': numbers"),
         ("sweep --vector SAVED --pairs FEW --unit norm", "there are raw and residual"),
         ("sweep --vector SAVED --pairs FEW --plot x.bmp", "name a .png, .pdf, .svg file"),
         ("sweep --vector SAVED --pairs FEW --split chose", "--split chose: one of train, choose, report. Near"),
@@ -225,6 +226,9 @@ def test_datasets_are_listed_shown_and_checked(run: Run, few: Path) -> None:
         ("generate hi --steer SAVED --layer all", "name the layers"),
         ("generate hi --model ./nowhere", "there is no folder ./nowhere"),
         ("datasets nope", "mlxsteer datasets lists"),
+        ("datasets .", ". is a folder, not a file of contrast pairs"),
+        ("generate hi --model=", "this name is empty"),
+        ("export --steer sentiment --to no/x.gguf", "--to no/x.gguf: there is no folder no"),
         ("datasets --check", "name a set or a file"),
     ],
 )  # fmt: skip

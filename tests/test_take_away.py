@@ -501,7 +501,7 @@ def test_what_can_not_be_taken_away_is_said_in_one_sentence_from_the_shell(shell
         ("bake", "--vector", "v.safetensors", "--to", "x", "--at", "lst"): "Nearest: last",
         ("bake", "--vector", "v.safetensors", "--to", "x", "--at", "last"): "weights act on every token",
         ("bake", "--vector", "v.safetensors", "--to", "no/x"): "there is no folder no",
-        ("bake", "--interventions", "last.safetensors", "--to", "x"): "at='last'",
+        ("bake", "--interventions", "last.safetensors", "--to", "x"): "--at last",
         ("export", "--vector", "v.safetensors", "--to", "x.ggf"): "Nearest: .gguf",
         ("export", "--vector", "v.safetensors", "--to", "x", "--format", "gguff"): "Nearest: gguf",
         ("export", "--vector", "v.safetensors", "--to", "x", "--format", "npz"): "a npz file's name ends in .npz",
@@ -556,7 +556,7 @@ def test_inspect_says_what_is_in_everything_of_ours(
     pocket.generate(PROMPT, baked["steer"], max_tokens=2, prompt_cache=cache)
     ms.save_prompt_cache("cache.safetensors", cache, {"what": "a start"})
     said = shell("inspect", "cache.safetensors")
-    assert "a prompt cache\n8 layers, 1 rows\nwhat: a start" in said
+    assert "a prompt cache\n8 layers, 1 row\nwhat: a start" in said
     assert "add_vector at layers.4 ×2" in said
     folder = baked["baked"].path
     for name in (folder, folder / "mlxsteer.json", folder / "model.safetensors"):

@@ -22,6 +22,7 @@ from mlxsteer.formats.cards import exactness
 from mlxsteer.formats.paths import READERS
 from mlxsteer.interventions.files import FORMAT, as_json
 from mlxsteer.model import InterpretableModel
+from mlxsteer.pairs import counted
 from mlxsteer.probes import FORMAT as PROBE
 from mlxsteer.probes import Probe
 from mlxsteer.publishing import RECORD, record_of
@@ -112,7 +113,7 @@ def _safetensors(path: Path) -> Found:
         return {**data, "info": dict(sae.info)}, [repr(sae), *(f"{name}: {value}" for name, value in sae.info.items())]
     if any(name.split(".")[-1] == KEY for name in metadata):
         return _prompt_cache(path)
-    count = f"{len(tensors)} tensor{'s' * (len(tensors) != 1)}"
+    count = counted(len(tensors), "tensor")
     raise ValueError(
         f"{path} holds {count}, and is no vector, probe, autoencoder, file of interventions or prompt cache of "
         "mlxsteer's."
@@ -140,7 +141,9 @@ def _interventions(path: Path) -> Found:
 def _prompt_cache(path: Path) -> Found:
     cache, texts = load_prompt_cache(path, return_metadata=True)
     rows = cache_history(cache)
-    words = [f"{len(cache)} layers, {len(rows)} rows"] + [f"{name}: {text}" for name, text in texts.items()]
+    words = [f"{counted(len(cache), 'layer')}, {counted(len(rows), 'row')}"] + [
+        f"{name}: {text}" for name, text in texts.items()
+    ]
     for number, spans in enumerate(rows):
         for span in spans:
             edits = ", ".join(f"{e['intervention']} at {e['key']} ×{_shown(e['strength'])}" for e in span["edits"])
@@ -193,7 +196,7 @@ def _conversation(path: Path) -> Found:
     said, steering = found["messages"], found.get("steering") or []
     if not isinstance(said, list):
         raise ValueError(f"{path}: its messages are damaged.")
-    words = [f"with {found.get('model')}, {len(said)} messages", *(str(line) for line in steering)]
+    words = [f"with {found.get('model')}, {counted(len(said), 'message')}", *(str(line) for line in steering)]
     data = {"kind": "a conversation", "model": found.get("model"), "messages": len(said), "steering": steering}
     return data, words
 

@@ -16,7 +16,7 @@ from mlxsteer.cli.options import taken_words
 from mlxsteer.cli.screen import bar, literal, writing
 from mlxsteer.extraction import extract
 from mlxsteer.model import InterpretableModel
-from mlxsteer.pairs import ContrastPair, in_split
+from mlxsteer.pairs import ContrastPair, counted, in_split
 from mlxsteer.sweep import Sweep, sweep
 from mlxsteer.vectors import SteeringVector
 
@@ -55,13 +55,15 @@ def demo(
     of = {"name": data.name, "train": len(train), "choose": len(choose), "report": len(report)}
     screen.print(Text(repr(loaded), style="bold"))
     screen.print(literal(taken_words(of)))
-    with bar(f"activations of {len(train)} pairs, every layer") as step:
+    with bar(f"activations of {counted(len(train), 'pair')}, every layer") as step:
         vector = extract(loaded, train, progress=step)
-    with bar(f"{len(loaded.layers)} layers × {len(STRENGTHS)} strengths on {len(choose)} held-out pairs") as step:
+    with bar(
+        f"{len(loaded.layers)} layers × {len(STRENGTHS)} strengths on {counted(len(choose), 'held-out pair')}"
+    ) as step:
         scan = sweep(loaded, vector, choose, strengths=STRENGTHS, at=POSITION, unit="raw", progress=step)
     layer, strength = scan.best()
     screen.print(scan)
-    with bar(f"layer {layer} at ±{strength:g} on {len(report)} pairs never looked at") as step:
+    with bar(f"layer {layer} at ±{strength:g} on {counted(len(report), 'pair')} never looked at") as step:
         both = (-strength, 0.0, strength)
         final = sweep(loaded, vector, report, layers=[layer], strengths=both, at=POSITION, unit="raw", progress=step)
     shown = _completions(loaded, vector, layer, strength, report, max_tokens)
@@ -117,7 +119,7 @@ def _print(
     count = final.effect.shape[2]
     up, down = (final.effect[0][2] > final.effect[0][1]).sum(), (final.effect[0][0] < final.effect[0][1]).sum()
     screen.print(
-        f"Last row: log P(positive) − log P(negative) on {count} pairs that nothing was chosen on; "
+        f"Last row: log P(positive) − log P(negative) on {counted(count, 'pair')} that nothing was chosen on; "
         f"+ raised it on {up} of {count}, − lowered it on {down} of {count}."
     )
     screen.print(f"Saved: {target}. Use it:")

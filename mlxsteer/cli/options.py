@@ -56,6 +56,7 @@ def pairs_of(name: str, model: str) -> PairSet:
 
     Raises:
         FileNotFoundError: there is neither, with the nearest sets.
+        IsADirectoryError: it is a folder.
     """
     path = Path(name).expanduser()
     own = f"pocket/{name}"
@@ -65,6 +66,8 @@ def pairs_of(name: str, model: str) -> PairSet:
         return datasets.load(own)
     if name in datasets.available():
         return datasets.load(name)
+    if path.is_dir():
+        raise IsADirectoryError(f"{name} is a folder, not a file of contrast pairs: name a file in it.")
     end = nearest(name, sets_for(model), "mlxsteer datasets")
     if not end.startswith("Nearest"):  # as many as it lists
         end = nearest(name, datasets.available(), "mlxsteer datasets")
@@ -147,7 +150,8 @@ def numbers_of(text: str, option: str) -> list[float]:
     except ValueError:
         found = [math.nan]
     if not all(map(math.isfinite, found)):
-        raise ValueError(f"{option} {text}: numbers with commas between them, such as -1,0,1.")
+        given = text or repr(text)
+        raise ValueError(f"{option} {given}: numbers with commas between them, such as -1,0,1.")
     return found
 
 

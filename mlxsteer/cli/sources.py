@@ -46,7 +46,7 @@ def opened(name: str, model: str) -> Source:
             return vector_of(name)
         except (FileNotFoundError, ConnectionError) as error:
             near = difflib.get_close_matches(name.casefold(), sets_for(model), n=3)
-            more = f" Nearest contrast sets: {', '.join(near)}." if near else ""
+            more = f" Nearest contrast sets: {', '.join(near)}." if near else " mlxsteer datasets lists contrast sets."
             raise type(error)(f"{error}{more}") from error
     told = _told(path) if path.suffix == ".json" else {}
     if "ablation" in told:
@@ -176,9 +176,14 @@ class Named:
         return told if self.on else f"{told} (off)"
 
     def words(self) -> Iterator[str]:
-        """What `acts` says, in words."""
+        """What `acts` says, in words; what is alike at several places, once."""
+        alike: dict[str, list[str]] = {}
         for key, kind, strength, where in self.acts():
-            yield f"{kind} at {key}, strength {self.amount(kind, strength)}, tokens {where}"
+            alike.setdefault(f"{kind} at {{}}, strength {self.amount(kind, strength)}, tokens {where}", []).append(key)
+        for said, keys in alike.items():
+            layers = [key.removeprefix("layers.") for key in keys]
+            blocks = len(keys) > 1 and all(map(str.isdecimal, layers))
+            yield said.replace("{}", f"layers {', '.join(layers)}" if blocks else ", ".join(keys), 1)
 
     def amount(self, kind: str, strength: float) -> str:
         """A strength with its unit, where it is of a vector."""

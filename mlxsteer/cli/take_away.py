@@ -99,6 +99,8 @@ def export(
     form = _format(form, to)
     if form != "adapter" and to.exists() and not overwrite:
         raise FileExistsError(f"{to} is there already: name another file, or --overwrite.")
+    if form != "adapter" and not to.absolute().parent.is_dir():
+        raise FileNotFoundError(f"--to {to}: there is no folder {to.parent}.")
     layers = some_layers(layer)
     sources = _sources(vector, interventions, layers, strength, unit, at, model)
     with _option_named(), writing(to), remarks(aside), tempfile.TemporaryDirectory() as folder:

@@ -44,7 +44,7 @@ from mlxsteer.evaluation import Evaluation
 from mlxsteer.evaluation import evaluate as evaluated
 from mlxsteer.extraction import extract as extracted
 from mlxsteer.model import InterpretableModel
-from mlxsteer.pairs import SPLITS, PairSet, hint, in_split, nearest
+from mlxsteer.pairs import SPLITS, PairSet, counted, hint, in_split, nearest
 from mlxsteer.selection import select as selected
 from mlxsteer.sweep import Sweep
 from mlxsteer.sweep import sweep as swept
@@ -66,7 +66,7 @@ def extract(
     pairs: Pairs,
     out: Annotated[Path, typer.Option(help="Where to save the vector, .safetensors.")],
     model: Model = "pocket",
-    method: Annotated[str, typer.Option(help="How it is computed from the activations.")] = "mean_difference",
+    method: Annotated[str, typer.Option(help=f"How it is computed: {', '.join(methods())}.")] = "mean_difference",
     read: Annotated[str, typer.Option(help="The token that is read: last, first, mean, all or an index.")] = "last",
     layers: Layers = "all",
     chat: Annotated[bool, typer.Option(help="Prompts are a user's messages.")] = False,
@@ -125,7 +125,7 @@ def sweep(
     source, given = _vector(vector, model), pairs_of(pairs, model)
     data = in_split(given, split)[:limit]
     loaded = InterpretableModel(model)
-    with remarks(Console(stderr=True)), bar(f"{len(data)} pairs × {len(how)} strengths") as step:
+    with remarks(Console(stderr=True)), bar(f"{counted(len(data), 'pair')} × {counted(len(how), 'strength')}") as step:
         found = swept(loaded, source, data, layers=which, strengths=how, at=where, unit=measure, progress=step)
     found = replace(found, record={**found.record, "set": taken(given, split, most=limit)})
     _show(found, as_json)
