@@ -2,7 +2,7 @@
 
     python -m benchmarks.architectures                  # all, into docs/architectures.md (some minutes on two cores)
     python -m benchmarks.architectures llama gpt2       # some, on the terminal
-    python -m benchmarks.architectures --page docs/architectures-0.31.md  # where an older mlx-lm is installed
+    python -m benchmarks.architectures --page page.md   # with another mlx-lm than the page's
 
 The checks are those of the tests (tests/conformance.py), which run them on every model type as well.
 """

@@ -28,7 +28,7 @@ TOLERANCE = {mx.float32: 1e-5, mx.float16: 1e-2, mx.bfloat16: 5e-2}
 """How far a baked model's logits may lie from the hooked one's, as a share of the largest logit, by dtype."""
 
 _A_MODELS = ["*.json", "model*.safetensors", "*.py", "*.model", "*.tiktoken", "*.txt", "*.jsonl", "*.jinja"]
-"""Files of a repository that a model is made of, as mlx-lm loads them (0.31 has no name for its list)."""
+"""Files of a repository that a model is made of, as mlx-lm loads them."""
 
 
 class BakedDiffers(RuntimeError):

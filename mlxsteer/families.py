@@ -6,7 +6,6 @@ Names are tried in the order given. Nothing here runs a model.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib.metadata import version
 
 ATTENTION = (
     "self_attn",
@@ -99,18 +98,6 @@ class Family:
 
 DEFAULT = Family()
 
-_MLX_LM = tuple(int(part) for part in version("mlx-lm").split(".")[:2])
-
-
-def _mended_by_0_32(why: str) -> str:
-    """A refusal with the mlx-lm that is too old for a family; empty with a later one."""
-    if _MLX_LM >= (0, 32):
-        return ""
-    return (
-        f"with mlx-lm {version('mlx-lm')} {why}; it holds with mlx-lm 0.32 and newer, which want Python 3.11 or newer"
-    )
-
-
 _AFTER = "post_attention_layernorm"  # the name of another norm, in front of the MLP, in the other families
 
 FAMILIES: dict[str, Family] = {
@@ -128,23 +115,12 @@ FAMILIES: dict[str, Family] = {
     "exaone4": Family(attention_norm=_AFTER),
     "afmoe": Family(attention_norm=_AFTER),
     "glm4": Family(attention_norm="post_self_attn_layernorm"),
-    "plamo2": Family(batch=_MLX_LM >= (0, 32), attention_norm="post_mixer_norm"),  # 0.06 before
+    "plamo2": Family(attention_norm="post_mixer_norm"),
     "plamo3": Family(attention_norm="post_mixer_norm"),
     "gpt_bigcode": Family(batch=False),  # it wants one offset for all rows, and raises
     "jamba": Family(batch=False),
     "longcat_flash_ngram": Family(batch=False),  # 1.7
     "mamba": Family(batch=False),  # 1.7
-    # since 0.32 they are alike; before, off by what is written behind, or refused
-    "granitemoehybrid": Family(batch=_MLX_LM >= (0, 32)),  # 0.001
-    "internlm2": Family(batch=_MLX_LM >= (0, 32)),
-    "internlm3": Family(batch=_MLX_LM >= (0, 32)),
-    "kimi_linear": Family(batch=_MLX_LM >= (0, 32)),  # 0.1
-    "mamba2": Family(batch=_MLX_LM >= (0, 32)),  # 0.1
-    "minicpm3": Family(batch=_MLX_LM >= (0, 32)),  # 0.06
-    "phixtral": Family(batch=_MLX_LM >= (0, 32)),  # 0.3
-    "qwen3_5": Family(batch=_MLX_LM >= (0, 32)),  # 0.01
-    "qwen3_5_moe": Family(batch=_MLX_LM >= (0, 32)),  # 0.03
-    "qwen3_next": Family(batch=_MLX_LM >= (0, 32)),  # 0.005
     "minimax_m3_vl": Family(batch=False),  # 0.2
     "nemotron_h": Family(batch=False),  # 0.1
     "olmo_hybrid": Family(batch=False),  # 2.5
@@ -153,8 +129,6 @@ FAMILIES: dict[str, Family] = {
     "kimi_k3": Family(replay=False, head=False),
     "talkie": Family(stream=1),
     "deepseek_v41": Family(refusal="its residual stream is several streams side by side, (batch, tokens, 4, hidden)"),
-    "falcon_h1": Family(refusal=_mended_by_0_32("a pass of it without a cache runs its first block alone")),
-    "llama4": Family(refusal=_mended_by_0_32("its cache breaks where a text is longer than an attention chunk")),
     "gemma3n": Family(refusal="its residual stream is four streams side by side, (4, batch, tokens, hidden)"),
     "iquestloopcoder": Family(refusal="its model never calls its blocks, it inlines them"),
     "muse_spark": Family(refusal="its blocks hand on two streams (h and its norm), and a change to one alone is lost"),

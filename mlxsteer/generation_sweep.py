@@ -86,7 +86,7 @@ class GenerationSweep(Displayed):
             return self.scored
         made, known = np.full(self.texts.shape, np.nan), {}
         for index in np.ndindex(*self.texts.shape):
-            text = self.texts[index]
+            text: Any = self.texts[index]
             if id(text) not in known:  # the unsteered texts are shared by all layers
                 known[id(text)] = _score(_checked(scorer), text)
             made[index] = known[id(text)]

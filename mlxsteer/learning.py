@@ -57,7 +57,7 @@ class LoReFT:
         """
         basis = mx.array(random_basis(self.rank, states.shape[1], rng))
         # b is learned in units of the stream's length, which differs a hundredfold between layers and models.
-        length = mx.array(np.float32(np.linalg.norm(states, axis=1).mean()))
+        length = mx.array(float(np.linalg.norm(states, axis=1).mean()))
         return {"basis": basis, "weight": basis, "bias": mx.zeros(self.rank), "length": length}
 
     def edit(self, p: Parameters, told: list[tuple[mx.array, mx.array]]) -> Intervention:

@@ -248,7 +248,7 @@ def chosen_layers(model: InterpretableModel, vector: SteeringVector, layers: Any
     given: list[Any] = list(layers) if several else [layers]
     count = len(model.layers)
     whole = [one for one in given if isinstance(one, (int, np.integer)) and not isinstance(one, bool)]
-    chosen = [int(one) + count * (one < 0) for one in whole]
+    chosen = [int(one) + (count if one < 0 else 0) for one in whole]
     if len(whole) < len(given) or not given or len(set(chosen)) < len(chosen):
         raise ValueError(
             f"layers are 'all', a layer, or a list of different layers of {vector.layers}, not {layers!r}."

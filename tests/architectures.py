@@ -17,7 +17,6 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm.models
-import mlx_lm.models.cache
 import tiny
 from mlx.utils import tree_map
 
@@ -273,8 +272,6 @@ REFUSED: dict[str, str] = {
     "iquestloopcoder": "never calls its blocks",
     "muse_spark": "two streams",
 }
-if not hasattr(mlx_lm.models.cache.ChunkedKVCache, "keys_and_values"):  # mlx-lm before 0.32
-    REFUSED |= {"falcon_h1": "runs its first block alone.*0.32 and newer", "llama4": "its cache breaks.*0.32 and newer"}
 """Model types that mlxsteer refuses → words of the reason it gives."""
 
 
