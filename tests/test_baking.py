@@ -386,7 +386,7 @@ def test_a_subspace_partly_and_what_comes_before_and_after(tmp_path: Path) -> No
     assert worst(model, steer, tmp_path / "out") <= 1e-5
 
 
-@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(mx.float16, marks=pytest.mark.full), mx.bfloat16])
 def test_sixteen_bits_stay_sixteen_bits(tmp_path: Path, dtype: mx.Dtype) -> None:
     model = loaded(tmp_path, "llama", bits=4, dtype=dtype)
     v = vector(model)

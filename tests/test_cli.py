@@ -123,6 +123,7 @@ def test_an_output_that_is_full_is_called_so() -> None:
         assert (ran.returncode, ran.stderr) == (1, "error: can't write the output: No space left on device.\n")
 
 
+@pytest.mark.full  # test_sweep holds sweeps against it, and test_commands the command against a sweep
 def test_a_sweep_is_the_plain_loop(pocket: InterpretableModel) -> None:
     pairs = datasets.load("pocket/sentiment")
     vector = extract(pocket, [p for p in pairs if p.split == "train"][:4])

@@ -118,6 +118,7 @@ def test_sweep_prints_and_writes_what_python_sweeps(
     assert aside == f"error: can't write {tmp_path / 'x.gguf'}: No space left on device.\n"
 
 
+@pytest.mark.full  # test_tour and test_selection choose on the bundled model too
 def test_select_saves_a_steering_that_generate_and_evaluate_take(
     run: Run, few: Path, saved: Path, pocket: InterpretableModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -49,7 +49,7 @@ POPULATIONS: dict[str, Callable[[np.random.Generator, int], Any]] = {  # each of
 }
 
 
-@pytest.mark.parametrize("n", [64, 128])
+@pytest.mark.parametrize("n", [64, pytest.param(128, marks=pytest.mark.full)])
 @pytest.mark.parametrize("population", POPULATIONS)
 def test_an_interval_holds_the_true_mean_as_often_as_it_says(population: str, n: int) -> None:
     rng = np.random.default_rng(0)

@@ -58,7 +58,7 @@ def loop(model: InterpretableModel, source: Any, target: Any, sites: str, positi
 
 
 @pytest.mark.parametrize("sites", ["layers.*", "layers.*.mlp", "layers.*.attn", "layers.*.attn.heads"])
-@pytest.mark.parametrize("name", ["gpt2", "gemma3_text", "qwen3"])
+@pytest.mark.parametrize("name", ["gpt2", "gemma3_text", pytest.param("qwen3", marks=pytest.mark.full)])
 def test_patches_are_those_of_a_loop_of_traces(name: str, sites: str) -> None:
     model = built(name)
     found = ms.patch(model, CLEAN, CORRUPTED, sites, answers=ANSWER, others=OTHER, each=True)

@@ -95,6 +95,7 @@ def chosen(pocket: InterpretableModel) -> Watched:
 # -- on the bundled model ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.full  # on tiny models the same is measured anew below
 def test_a_layer_is_chosen_whose_effect_and_cost_a_measurement_confirms(
     pocket: InterpretableModel, chosen: Watched
 ) -> None:
