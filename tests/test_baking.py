@@ -323,6 +323,7 @@ def test_a_head_that_only_reads_the_embedding_refuses_its_ablation(tmp_path: Pat
         ms.bake(model, writers(ablate(vector(model))), tmp_path / "out")
 
 
+@pytest.mark.full
 def test_what_the_writers_write_has_nothing_left_along_the_direction(
     pocket: InterpretableModel, tmp_path: Path
 ) -> None:

@@ -199,6 +199,7 @@ def test_a_model_without_a_tokenizer_can_not_read_texts(llama: InterpretableMode
         extract(InterpretableModel(llama.model), PAIRS)
 
 
+@pytest.mark.full
 def test_extract_on_the_bundled_model_separates_the_pairs_it_was_not_made_from(pocket: InterpretableModel) -> None:
     pairs = datasets.load("pocket/sentiment")
     vector = extract(pocket, in_split(pairs, "train")[:10])

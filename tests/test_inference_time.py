@@ -98,6 +98,7 @@ def test_a_shift_is_written_saved_and_drawn(found: ms.HeadShift, tmp_path: Path)
     assert (tmp_path / "iti.png").stat().st_size > 5000
 
 
+@pytest.mark.full
 def test_heads_that_tell_nothing_apart_are_warned_of(pocket: InterpretableModel, pairs: ms.PairSet) -> None:
     mixed = [
         ms.ContrastPair(p.prompt, *((p.positive, p.negative) if i % 2 else (p.negative, p.positive)), split=p.split)

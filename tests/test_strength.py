@@ -205,6 +205,7 @@ def vector(llama: InterpretableModel) -> SteeringVector:
     return extract(llama, PAIRS, progress=False)
 
 
+@pytest.mark.full
 def test_the_bundled_model_is_steered_at_a_divergence_that_a_measurement_confirms(pocket: InterpretableModel) -> None:
     pairs = [pair for pair in datasets.load("pocket/sentiment") if pair.split == "train"][:8]
     vector, prompts = extract(pocket, pairs, layers=[4, 5], progress=False), datasets.neutral(pocket)[:4]
